@@ -1,0 +1,136 @@
+"""Every option that a user can set: one dataclass per config group, one line of documentation each.
+
+The dataclasses are the Hydra schema (a frozen dataclass fails to compose in Hydra 1.3, and `Literal` is rejected, so
+both are plain here and `check` validates the values). Nothing below this module sees Hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def option(default: Any, doc: str) -> Any:
+    """A config field with its one line of documentation; mutable defaults are copied for each instance."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class JobConfig:
+    name: str = option("generate", "name of the job; part of the default output folder")
+    kind: str = option("generate", "generate, helm_eval, extract or summarize: how prompts are made and scored")
+    scenarios: dict[str, Any] = option({}, "helm_eval: scenarios by name, each with its adapter, metrics and data")
+    trials: int = option(1, "helm_eval: how many draws of the few-shot examples")
+    schema: Any = option(None, "extract: a JSON Schema (mapping or file), or a list of field names")
+    regex: str = option("", "extract: a regular expression that the completion must match, instead of a schema")
+    choices: list[str] = option([], "extract: the strings from which the completion must be one, instead of a schema")
+    constrain: bool = option(True, "extract: constrain decoding so that the output always parses and validates")
+    gold: dict[str, str] = option({}, "extract: field name to the source column that holds its true value")
+    reference: str = option("", "summarize: the source column that holds the reference summary")
+
+
+@dataclass
+class ModelConfig:
+    name: str = option(MISSING, "name of the model; part of the default output folder")
+    path: str = option(MISSING, "a folder with config, safetensors and tokenizer, or a hub id")
+    revision: str = option("main", "hub revision: a branch, tag or commit")
+    tokenizer: str = option("", "folder or hub id of the tokenizer, where it is not the model's own")
+    dtype: str = option("auto", "auto (as stored), bfloat16, float16 or float32: the type that the maths runs in")
+    weights: str = option("checkpoint", "checkpoint, or dummy: random weights at the true shapes")
+    config: dict[str, Any] = option({}, "a Transformers config in place (with model_type), for dummy weights without a folder")
+    cache_dir: str = option("~/.cache/flexbatch", "where hub files, packed weights and dummy layers are kept")
+
+
+@dataclass
+class DatasetConfig:
+    name: str = option("", "name of the dataset, for the record only")
+    path: Any = option("", "file, folder, glob, list of these, fsspec URL, or hub id")
+    format: str = option("auto", "auto, arrow, parquet, jsonl, csv, saved (a `datasets` folder) or hub")
+    split: str = option("", "split of a hub dataset or saved DatasetDict; for files, rows whose `split` column has this value")
+    id_column: str = option("", "column that identifies rows; empty: shard and row number")
+    limit: int = option(0, "run only the first so many rows; 0 runs all")
+
+
+@dataclass
+class PromptConfig:
+    template: str = option("{{ text }}", "Jinja template of the prompt (sandboxed); the row's columns are its variables")
+    template_file: str = option("", "file with the template, instead of `template`")
+    max_tokens: int = option(512, "longest prompt, in tokens")
+    padding: str = option("bucket", "bucket (a micro-batch is as long as its longest row) or max_length")
+    truncation: str = option("left", "left, right, or error: what happens to a prompt over max_tokens")
+    shots: list[Any] = option([], "few-shot examples put before each prompt: a list of rows, or a dataset path")
+    shot_count: int = option(0, "how many of the shots to use; 0 uses all that are given")
+    shot_template: str = option("", "Jinja template of one example; empty: `template` with the answer appended")
+    shot_separator: str = option("\n\n", "text between examples and before the prompt")
+    chat_template: bool = option(False, "wrap the prompt with the tokenizer's chat template")
+    system: str = option("", "system message for the chat template")
+    special_tokens: bool = option(True, "let the tokenizer add its special tokens (such as OPT's leading </s>)")
+    window: int = option(1024, "rows that are sorted by length together; part of the job's fixed order")
+
+
+@dataclass
+class GenerationConfig:
+    max_new_tokens: int = option(32, "most tokens generated for a prompt")
+    min_new_tokens: int = option(0, "fewest tokens generated before the end-of-sequence token is allowed")
+    temperature: float = option(0.0, "0 is greedy; otherwise logits are divided by it and sampled")
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability mass")
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 uses all")
+    seed: int = option(0, "seed; each row derives its own, so that a row's result does not depend on its batch")
+    stop: list[str] = option([], "strings that end a completion (not included in it)")
+    logprobs: bool = option(False, "record the log-probability of every completion token")
+    num_completions: int = option(1, "completions for each row")
+
+
+@dataclass
+class OffloadConfig:
+    policy: str = option("auto", "auto (the plan chooses) or manual (`percent` says)")
+    percent: list[float] = option([], "weights on device, on host, KV on device, on host, hidden states on device, on host")
+    device: str = option("auto", "auto, cpu, cuda:0 or mps")
+    device_memory: str = option("auto", "limit on device memory, such as 3GiB")
+    host_memory: str = option("auto", "limit on main memory, such as 16GiB")
+    disk_dir: str = option("", "folder for KV cache and hidden states on disk; empty: inside the output folder")
+    weight_bits: int = option(16, "16 (as stored), 8 or 4: bits of a weight")
+    kv_bits: int = option(16, "16 (the compute type), 8 or 4: bits of a KV cache entry")
+    compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU")
+    prefix_sharing: bool = option(True, "compute and keep the KV of shared prompt prefixes once")
+    slots: Any = option("auto", "rows in flight")
+    prefill_tokens: Any = option("auto", "prompt tokens prefilled per pass")
+    prefetch_bytes: str = option("auto", "budget for weights read ahead of use, such as 512MiB")
+    reader: str = option("auto", "auto (measured at start-up), direct or buffered: how weights are read from disk")
+    trace: str = option("", "write a Chrome/Perfetto trace of the run to this file")
+
+
+@dataclass
+class HardwareConfig:
+    name: str = option("auto", "auto measures this machine; other hardware files are for `plan`")
+    profile: dict[str, Any] = option({}, "the figures of a machine, in bytes, seconds and FLOPs")
+
+
+@dataclass
+class OutputConfig:
+    dir: str = option("outputs/${job.name}/${model.name}", "the run's folder")
+    columns: list[str] = option([], "source columns to carry over into the output")
+    part_rows: int = option(256, "rows of one Parquet part; part of the job's fixed order")
+    journal_seconds: float = option(20.0, "at most this long between two saves of the tokens in flight")
+
+
+@dataclass
+class ClusterConfig:
+    name: str = option("local", "local: one process on one machine")
+
+
+@dataclass
+class Config:
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,76 @@
+"""A policy: what lives where, how many rows are in flight, in how many bits. FlexGen (arXiv 2303.06865), section 4.2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from flexbatch.errors import ConfigError
+
+
+class Tier(StrEnum):
+    """Where a tensor lives: where the maths runs, in main memory, or in a file."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Fractions of some bytes on each tier; they sum to 1."""
+
+    device: float
+    host: float
+
+    @property
+    def disk(self) -> float:
+        return max(0.0, 1.0 - self.device - self.host)
+
+    @staticmethod
+    def from_percent(device: float, host: float, *, what: str) -> Shares:
+        if device < 0 or host < 0 or device + host > 100 + 1e-9:
+            raise ConfigError(
+                f"offload.percent: {what} on device and host are {device:g} and {host:g}; "
+                f"each must be at least 0 and their sum at most 100.",
+                remedy="Give six numbers: weights, KV, hidden states, each on device then on host; the rest is on disk.",
+            )
+        return Shares(device / 100, host / 100)
+
+
+ALL_DEVICE = Shares(1.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a job is run. Nothing in it changes a row's result in float32 except `weight_bits`, `kv_bits` and `compute`.
+
+    `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (at least one prompt);
+    `prefetch_bytes` bounds the weights that are on their way or waiting on the device (0: twice the largest layer).
+    """
+
+    weights: Shares = ALL_DEVICE
+    kv: Shares = ALL_DEVICE
+    hidden: Shares = ALL_DEVICE
+    slots: int = 8
+    prefill_tokens: int = 2048
+    weight_bits: int = 16
+    kv_bits: int = 16
+    compute: str = "auto"
+    prefix_sharing: bool = True
+    host_attention: bool = False
+    prefetch_bytes: int = 0
+
+    @staticmethod
+    def percent_shares(percent: list[float]) -> tuple[Shares, Shares, Shares]:
+        """The three shares from FlexGen's six percentages."""
+        if len(percent) != 6:
+            raise ConfigError(
+                f"offload.percent has {len(percent)} numbers ({percent}); it needs 6.",
+                remedy="Write offload.percent=[weights on device, on host, KV on device, on host, hidden on device, on host].",
+            )
+        names = ("weights", "KV cache", "hidden states")
+        weights, kv, hidden = (
+            Shares.from_percent(percent[2 * i], percent[2 * i + 1], what=name) for i, name in enumerate(names)
+        )
+        return weights, kv, hidden
