@@ -1,33 +1,78 @@
 """Every option that a user can set: one dataclass per config group, one line of documentation each.
 
 The dataclasses are the Hydra schema (a frozen dataclass fails to compose in Hydra 1.3, and `Literal` is rejected, so
-both are plain here and `check` validates the values). Nothing below this module sees Hydra.
+both are plain here). `composition.load_config` fills them, `validation.check` holds them to the rules that stand here.
 """
 
 from __future__ import annotations
 
+import re
+import os.path
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
-def option(default: Any, doc: str) -> Any:
-    """A config field with its one line of documentation; mutable defaults are copied for each instance."""
+def last_component(path: str) -> str:
+    """`facebook/opt-125m` and `/data/opt-125m/` are both named `opt-125m` (`conf/model/hf.yaml`)."""
+    return os.path.basename(os.path.abspath(path)) or "model"
+
+
+OmegaConf.register_new_resolver("last_component", last_component, replace=True)
+
+from flexbatch.errors import ConfigError
+
+
+def option(default: Any, doc: str, **rules: Any) -> Any:
+    """A config field with its one line of documentation; mutable defaults are copied for each instance.
+
+    Rules that `validation.check` holds it to: `one_of` (values), `least` and `most` (numbers), `bytes` (a size such as
+    3GiB, or auto), `count` (a whole number from 1, or auto), `not_empty`. With `verbatim` the command line's text is
+    taken as it stands: no `${...}` is looked for in it (templates, regular expressions).
+    """
+    metadata = {"doc": doc, **rules}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_UNITS = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str, *, key: str = "") -> int:
+    """`3GiB`, `512 MiB`, `1.5GB`, `4096` to bytes. ConfigError names `key`."""
+    match = _SIZE.fullmatch(str(text))
+    if match is None:
+        raise ConfigError(
+            f"{key or 'a size'}: {text!r} is not a number of bytes.",
+            remedy="Write a size such as 3GiB, 512MiB, 1.5GB or a plain number of bytes.",
+        )
+    number, prefix, binary = match.groups()
+    unit = _UNITS[prefix.lower()]
+    if binary and prefix:
+        unit = 1024 ** ("kmgt".index(prefix.lower()) + 1)
+    return int(float(number) * unit)
 
 
 @dataclass
 class JobConfig:
     name: str = option("generate", "name of the job; part of the default output folder")
-    kind: str = option("generate", "generate, helm_eval, extract or summarize: how prompts are made and scored")
+    kind: str = option(
+        "generate",
+        "generate, helm_eval, extract or summarize: how prompts are made and scored",
+        one_of=("generate", "helm_eval", "extract", "summarize"),
+    )
     scenarios: dict[str, Any] = option({}, "helm_eval: scenarios by name, each with its adapter, metrics and data")
-    trials: int = option(1, "helm_eval: how many draws of the few-shot examples")
+    trials: int = option(1, "helm_eval: how many draws of the few-shot examples", least=1)
     schema: Any = option(None, "extract: a JSON Schema (mapping or file), or a list of field names")
-    regex: str = option("", "extract: a regular expression that the completion must match, instead of a schema")
-    choices: list[str] = option([], "extract: the strings from which the completion must be one, instead of a schema")
+    regex: str = option(
+        "", "extract: a regular expression that the completion must match, instead of a schema", verbatim=True
+    )
+    choices: list[str] = option(
+        [], "extract: the strings from which the completion must be one, instead of a schema", verbatim=True
+    )
     constrain: bool = option(True, "extract: constrain decoding so that the output always parses and validates")
     gold: dict[str, str] = option({}, "extract: field name to the source column that holds its true value")
     reference: str = option("", "summarize: the source column that holds the reference summary")
@@ -39,9 +84,17 @@ class ModelConfig:
     path: str = option(MISSING, "a folder with config, safetensors and tokenizer, or a hub id")
     revision: str = option("main", "hub revision: a branch, tag or commit")
     tokenizer: str = option("", "folder or hub id of the tokenizer, where it is not the model's own")
-    dtype: str = option("auto", "auto (as stored), bfloat16, float16 or float32: the type that the maths runs in")
-    weights: str = option("checkpoint", "checkpoint, or dummy: random weights at the true shapes")
-    config: dict[str, Any] = option({}, "a Transformers config in place (with model_type), for dummy weights without a folder")
+    dtype: str = option(
+        "auto",
+        "auto (as stored), bfloat16, float16 or float32: the type that the maths runs in",
+        one_of=("auto", "bfloat16", "float16", "float32"),
+    )
+    weights: str = option(
+        "checkpoint", "checkpoint, or dummy: random weights at the true shapes", one_of=("checkpoint", "dummy")
+    )
+    config: dict[str, Any] = option(
+        {}, "a Transformers config in place (with model_type), for dummy weights without a folder"
+    )
     cache_dir: str = option("~/.cache/flexbatch", "where hub files, packed weights and dummy layers are kept")
 
 
@@ -49,58 +102,78 @@ class ModelConfig:
 class DatasetConfig:
     name: str = option("", "name of the dataset, for the record only")
     path: Any = option("", "file, folder, glob, list of these, fsspec URL, or hub id")
-    format: str = option("auto", "auto, arrow, parquet, jsonl, csv, saved (a `datasets` folder) or hub")
-    split: str = option("", "split of a hub dataset or saved DatasetDict; for files, rows whose `split` column has this value")
+    format: str = option(
+        "auto",
+        "auto, arrow, parquet, jsonl, csv, saved (a `datasets` folder) or hub",
+        one_of=("auto", "arrow", "parquet", "jsonl", "csv", "saved", "hub"),
+    )
+    split: str = option(
+        "", "split of a hub dataset or saved DatasetDict; for files, rows whose `split` column has this value"
+    )
     id_column: str = option("", "column that identifies rows; empty: shard and row number")
-    limit: int = option(0, "run only the first so many rows; 0 runs all")
+    limit: int = option(0, "run only the first so many rows; 0 runs all", least=0)
 
 
 @dataclass
 class PromptConfig:
-    template: str = option("{{ text }}", "Jinja template of the prompt (sandboxed); the row's columns are its variables")
+    template: str = option(
+        "{{ text }}", "Jinja template of the prompt (sandboxed); the row's columns are its variables", verbatim=True
+    )
     template_file: str = option("", "file with the template, instead of `template`")
-    max_tokens: int = option(512, "longest prompt, in tokens")
-    padding: str = option("bucket", "bucket (a micro-batch is as long as its longest row) or max_length")
-    truncation: str = option("left", "left, right, or error: what happens to a prompt over max_tokens")
+    max_tokens: int = option(512, "longest prompt, in tokens", least=1)
+    padding: str = option(
+        "bucket", "bucket (a micro-batch is as long as its longest row) or max_length", one_of=("bucket", "max_length")
+    )
+    truncation: str = option(
+        "left", "left, right, or error: what happens to a prompt over max_tokens", one_of=("left", "right", "error")
+    )
     shots: list[Any] = option([], "few-shot examples put before each prompt: a list of rows, or a dataset path")
-    shot_count: int = option(0, "how many of the shots to use; 0 uses all that are given")
-    shot_template: str = option("", "Jinja template of one example; empty: `template` with the answer appended")
-    shot_separator: str = option("\n\n", "text between examples and before the prompt")
+    shot_count: int = option(0, "how many of the shots to use; 0 uses all that are given", least=0)
+    shot_template: str = option(
+        "", "Jinja template of one example; empty: `template` with the answer appended", verbatim=True
+    )
+    shot_separator: str = option("\n\n", "text between examples and before the prompt", verbatim=True)
     chat_template: bool = option(False, "wrap the prompt with the tokenizer's chat template")
-    system: str = option("", "system message for the chat template")
+    system: str = option("", "system message for the chat template", verbatim=True)
     special_tokens: bool = option(True, "let the tokenizer add its special tokens (such as OPT's leading </s>)")
-    window: int = option(1024, "rows that are sorted by length together; part of the job's fixed order")
+    window: int = option(1024, "rows that are sorted by length together; part of the job's fixed order", least=1)
 
 
 @dataclass
 class GenerationConfig:
-    max_new_tokens: int = option(32, "most tokens generated for a prompt")
-    min_new_tokens: int = option(0, "fewest tokens generated before the end-of-sequence token is allowed")
-    temperature: float = option(0.0, "0 is greedy; otherwise logits are divided by it and sampled")
-    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability mass")
-    top_k: int = option(0, "sample from the k likeliest tokens; 0 uses all")
+    max_new_tokens: int = option(32, "most tokens generated for a prompt", least=1)
+    min_new_tokens: int = option(0, "fewest tokens generated before the end-of-sequence token is allowed", least=0)
+    temperature: float = option(0.0, "0 is greedy; otherwise logits are divided by it and sampled", least=0.0)
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability mass", least=0.0, most=1.0)
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 uses all", least=0)
     seed: int = option(0, "seed; each row derives its own, so that a row's result does not depend on its batch")
-    stop: list[str] = option([], "strings that end a completion (not included in it)")
+    stop: list[str] = option([], "strings that end a completion (not included in it)", verbatim=True)
     logprobs: bool = option(False, "record the log-probability of every completion token")
-    num_completions: int = option(1, "completions for each row")
+    num_completions: int = option(1, "completions for each row", least=1)
 
 
 @dataclass
 class OffloadConfig:
-    policy: str = option("auto", "auto (the plan chooses) or manual (`percent` says)")
-    percent: list[float] = option([], "weights on device, on host, KV on device, on host, hidden states on device, on host")
+    policy: str = option("auto", "auto (the plan chooses) or manual (`percent` says)", one_of=("auto", "manual"))
+    percent: list[float] = option(
+        [], "weights on device, on host, KV on device, on host, hidden states on device, on host", least=0.0, most=100.0
+    )
     device: str = option("auto", "auto, cpu, cuda:0 or mps")
-    device_memory: str = option("auto", "limit on device memory, such as 3GiB")
-    host_memory: str = option("auto", "limit on main memory, such as 16GiB")
+    device_memory: str = option("auto", "limit on device memory, such as 3GiB", bytes=True)
+    host_memory: str = option("auto", "limit on main memory, such as 16GiB", bytes=True)
     disk_dir: str = option("", "folder for KV cache and hidden states on disk; empty: inside the output folder")
-    weight_bits: int = option(16, "16 (as stored), 8 or 4: bits of a weight")
-    kv_bits: int = option(16, "16 (the compute type), 8 or 4: bits of a KV cache entry")
-    compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU")
+    weight_bits: int = option(16, "16 (as stored), 8 or 4: bits of a weight", one_of=(16, 8, 4))
+    kv_bits: int = option(16, "16 (the compute type), 8 or 4: bits of a KV cache entry", one_of=(16, 8, 4))
+    compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU", one_of=("auto", "int8"))
     prefix_sharing: bool = option(True, "compute and keep the KV of shared prompt prefixes once")
-    slots: Any = option("auto", "rows in flight")
-    prefill_tokens: Any = option("auto", "prompt tokens prefilled per pass")
-    prefetch_bytes: str = option("auto", "budget for weights read ahead of use, such as 512MiB")
-    reader: str = option("auto", "auto (measured at start-up), direct or buffered: how weights are read from disk")
+    slots: Any = option("auto", "rows in flight", count=True)
+    prefill_tokens: Any = option("auto", "prompt tokens prefilled per pass", count=True)
+    prefetch_bytes: str = option("auto", "budget for weights read ahead of use, such as 512MiB", bytes=True)
+    reader: str = option(
+        "auto",
+        "auto (measured at start-up), direct or buffered: how weights are read from disk",
+        one_of=("auto", "direct", "buffered"),
+    )
     trace: str = option("", "write a Chrome/Perfetto trace of the run to this file")
 
 
@@ -112,15 +185,15 @@ class HardwareConfig:
 
 @dataclass
 class OutputConfig:
-    dir: str = option("outputs/${job.name}/${model.name}", "the run's folder")
+    dir: str = option("outputs/${job.name}/${model.name}", "the run's folder", not_empty=True)
     columns: list[str] = option([], "source columns to carry over into the output")
-    part_rows: int = option(256, "rows of one Parquet part; part of the job's fixed order")
-    journal_seconds: float = option(20.0, "at most this long between two saves of the tokens in flight")
+    part_rows: int = option(256, "rows of one Parquet part; part of the job's fixed order", least=1)
+    journal_seconds: float = option(20.0, "at most this long between two saves of the tokens in flight", least=0.0)
 
 
 @dataclass
 class ClusterConfig:
-    name: str = option("local", "local: one process on one machine")
+    name: str = option("local", "local: one process on one machine", one_of=("local",))
 
 
 @dataclass
