@@ -1,0 +1,129 @@
+"""Counts a model's parameters on the meta device: exact for every architecture, and no weight is read."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from flexbatch.engine.model import SteppedModel, build
+from flexbatch.errors import ModelError
+from flexbatch.plan.model_spec import LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
+
+logger = logging.getLogger(__name__)
+
+
+def spec_from_config(
+    config: PreTrainedConfig | dict[str, Any], name: str = "", stored_bytes: int | None = None
+) -> ModelSpec:
+    """The sizes of the model that `config` describes. `stored_bytes` is the size of a stored parameter where it is not
+    the config's `dtype` (for example `model.dtype=float32` with converted weights).
+
+    Raises `ModelError` that names the field for a config that lacks one or that no model can be built from.
+    """
+    if isinstance(config, dict):
+        config = _config_object(config)
+    attention = attention_shape(config.to_dict())
+    dtype = _stored_dtype(config)
+    try:
+        stepped = build(config, dtype)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"no {config.model_type!r} model can be built from this config: {error}",
+            remedy="Correct the field that the message names in the model's config.json or in model.config.",
+        ) from error
+    layers = tuple(
+        _layer(stop.module, config, attention.query_size, attention.kv_size, attention.windows[stop.layer])
+        for stop in stepped.stops
+        if stop.layer is not None
+    )
+    outside = _outside(stepped)
+    total = sum(parameter.numel() for parameter in stepped.model.parameters())
+    streamed = sum(layer.parameters for layer in layers)
+    streamed += sum(module.parameters for module in outside if not module.shared)
+    plain = config.to_dict()
+    plain = plain.get("text_config") or plain
+    hidden = positive_field(plain, "hidden_size")
+    return ModelSpec(
+        name=name or config.model_type,
+        family=config.model_type,
+        hidden_size=hidden,
+        intermediate_size=max(hidden, *(_widest_output(stop.module) for stop in stepped.stops if stop.layer == 0)),
+        vocab_size=positive_field(plain, "vocab_size"),
+        max_positions=int(plain.get("max_position_embeddings") or plain.get("n_positions") or 0),
+        layers=layers,
+        outside=outside,
+        small_parameters=total - streamed,
+        head_parameters=_head_parameters(stepped),
+        dtype_bytes=stored_bytes or dtype.itemsize,
+    )
+
+
+def _config_object(config: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(config)
+    kind = fields.pop("model_type", None)
+    if not kind:
+        raise ModelError("the model's config has no model_type.", remedy="Add it, for example model_type: opt.")
+    attention_shape({**fields, "model_type": kind})
+    try:
+        made: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"the config of this {kind!r} model is not valid: {error}",
+            remedy="Correct the field that the message names.",
+        ) from error
+    return made
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size: int, window: int) -> LayerSpec:
+    parameters = list(layer.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    experts = [parameter for parameter in matrices if parameter.ndim == 3]
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    # Experts are stored as one stack of matrices; a token is multiplied with the chosen ones only.
+    idle = sum(parameter.numel() - parameter.numel() * chosen // parameter.shape[0] for parameter in experts)
+    return LayerSpec(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        matrix_parameters=sum(parameter.numel() for parameter in matrices),
+        active_parameters=sum(parameter.numel() for parameter in matrices) - idle,
+        largest_tensor=max(parameter.numel() for parameter in parameters),
+        query_size=query_size,
+        kv_size=kv_size,
+        window=window,
+    )
+
+
+def _outside(stepped: SteppedModel) -> tuple[OutsideSpec, ...]:
+    seen: set[int] = set()
+    modules = []
+    for stop in stepped.stops:
+        if stop.layer is not None:
+            continue
+        own = list(stop.module.parameters(recurse=False))
+        shared = any(id(parameter) in seen for parameter in own)
+        seen.update(id(parameter) for parameter in own)
+        count = sum(parameter.numel() for parameter in own)
+        modules.append(OutsideSpec(stop.name, count, shared))
+    return tuple(modules)
+
+
+def _head_parameters(stepped: SteppedModel) -> int:
+    head = stepped.model.get_output_embeddings()
+    return sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
+
+
+def _widest_output(layer: nn.Module) -> int:
+    """Features of the widest matrix product inside a layer: what its largest activation holds per token."""
+    return max((parameter.shape[-2] for parameter in layer.parameters() if parameter.ndim >= 2), default=0)

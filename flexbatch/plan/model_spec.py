@@ -1,0 +1,205 @@
+"""What the plan knows of a model: sizes and arithmetic, taken from a Transformers config alone.
+
+Parameter counts depend on code that only the model's class knows, so `flexbatch.engine.model_shapes.spec_from_config`
+counts them on the meta device (no weight is read) and fills a `ModelSpec`. What follows from the config by itself
+(attention heads, head size, windows) is read here, under every name that Transformers' families give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexbatch.errors import ModelError
+
+# Group-wise quantisation: `QUANTIZATION_GROUP` weights share one scale and one minimum of two bytes each.
+QUANTIZATION_GROUP = 32
+GROUP_BYTES = 4
+
+# The KV cache is quantised in groups of 64 numbers, again with a scale and a minimum of two bytes.
+KV_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer. Counts are numbers, not bytes.
+
+    `matrix_parameters` sit in matrices (they are what 8 and 4 bits pack); `active_parameters` of them multiply one
+    token (fewer than all where experts are chosen). `query_size` is query heads times head size, `kv_size` the numbers
+    that the cache keeps for one token (keys and values of all KV heads), `window` the attended positions (0: all).
+    """
+
+    parameters: int
+    matrix_parameters: int
+    active_parameters: int
+    largest_tensor: int
+    query_size: int
+    kv_size: int
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideSpec:
+    """A module outside the layers whose weights are streamed like a layer's: token embedding, positions, head.
+
+    `shared` says that its weights are another module's (a tied head): they are stored once.
+    """
+
+    name: str
+    parameters: int
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Sizes of a model. `parameters` is what `sum(p.numel() for p in model.parameters())` gives, to the unit.
+
+    `small_parameters` (norms and projections outside the layers) stay on the device; `head_parameters` multiply a
+    hidden state once for each output row (an embedding only gathers); `dtype_bytes` is the size of a
+    stored parameter; `hidden_size` is the width between layers and `intermediate_size` the widest inner activation.
+    """
+
+    name: str
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    layers: tuple[LayerSpec, ...]
+    outside: tuple[OutsideSpec, ...]
+    small_parameters: int
+    head_parameters: int
+    dtype_bytes: int = 2
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def outside_parameters(self) -> int:
+        """Parameters of the streamed modules outside the layers, tied ones once."""
+        return sum(module.parameters for module in self.outside if not module.shared)
+
+    @property
+    def parameters(self) -> int:
+        return self.layer_parameters + self.outside_parameters + self.small_parameters
+
+    @property
+    def kv_numbers_per_token(self) -> int:
+        return sum(layer.kv_size for layer in self.layers)
+
+    def layer_bytes(self, layer: LayerSpec, bits: int) -> int:
+        """Stored bytes of a layer: matrices packed to `bits`, everything else as stored."""
+        if bits == 16:
+            return layer.parameters * self.dtype_bytes
+        plain = (layer.parameters - layer.matrix_parameters) * self.dtype_bytes
+        return plain + packed_bytes(layer.matrix_parameters, bits, QUANTIZATION_GROUP)
+
+    def weight_bytes(self, bits: int = 16) -> int:
+        """Stored bytes of the whole model; modules outside the layers are never packed."""
+        layers = sum(self.layer_bytes(layer, bits) for layer in self.layers)
+        return layers + (self.outside_parameters + self.small_parameters) * self.dtype_bytes
+
+    def largest_layer_bytes(self, bits: int = 16) -> int:
+        return max(self.layer_bytes(layer, bits) for layer in self.layers)
+
+    def kv_bytes_per_token(self, bits: int = 16, number_bytes: int = 2) -> float:
+        """Cache bytes that one token needs over all layers. `number_bytes` is the size of an uncompressed entry."""
+        if bits == 16:
+            return float(self.kv_numbers_per_token * number_bytes)
+        return self.kv_numbers_per_token * (bits / 8 + GROUP_BYTES / KV_GROUP)
+
+    def linear_flops_per_token(self) -> int:
+        """Two for each parameter that multiplies a token, head excluded."""
+        return 2 * sum(layer.active_parameters for layer in self.layers)
+
+    def attention_flops(self, queries: float, keys: float) -> float:
+        """FLOPs of scores and weighted sum for `queries` tokens that see `keys` positions, over all layers."""
+        return sum(4.0 * queries * min(keys, layer.window or keys) * layer.query_size for layer in self.layers)
+
+
+def packed_bytes(numbers: int, bits: int, group: int) -> int:
+    """Bytes of `numbers` packed to `bits` with a scale and a minimum for each group."""
+    return numbers * bits // 8 + -(-numbers // group) * GROUP_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What the config says about attention: `windows` has one entry per layer, 0 where all positions are seen."""
+
+    num_hidden_layers: int
+    query_size: int
+    kv_size: int
+    windows: tuple[int, ...]
+
+
+# Names under which the families keep a field, first match wins.
+FIELD_NAMES: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+def positive_field(config: Mapping[str, Any], field: str) -> int:
+    """A field that every model has, as a positive integer; `ModelError` names it otherwise."""
+    names = FIELD_NAMES.get(field, (field,))
+    value = next((config[name] for name in names if config.get(name) is not None), None)
+    kind = config.get("model_type", "unknown")
+    if value is None:
+        raise ModelError(
+            f"the config of this {kind!r} model has no {field} (looked for {', '.join(names)}).",
+            remedy="Add the field to the model's config.json or to model.config.",
+        )
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(
+            f"the config of this {kind!r} model has {field}={value!r}; it must be a positive whole number.",
+            remedy="Correct the field in the model's config.json or in model.config.",
+        )
+    return value
+
+
+def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
+    """Heads, cached numbers per token and windows from a config as a mapping (`PreTrainedConfig.to_dict()`)."""
+    config = config.get("text_config") or config
+    layers = positive_field(config, "num_hidden_layers")
+    heads = positive_field(config, "num_attention_heads")
+    hidden = positive_field(config, "hidden_size")
+    positive_field(config, "vocab_size")
+    head_size = config.get("head_dim") or hidden // heads
+    if not config.get("head_dim") and hidden % heads:
+        raise ModelError(
+            f"the config has hidden_size={hidden} and num_attention_heads={heads}; the first must be a multiple of the "
+            "second.",
+            remedy="Correct one of the two fields, or give head_dim.",
+        )
+    windows = tuple(_window(config, index) for index in range(layers))
+    if config.get("kv_lora_rank"):  # multi-head latent attention: Transformers caches expanded keys and values
+        nope, rope = config.get("qk_nope_head_dim", head_size), config.get("qk_rope_head_dim", 0)
+        value_size = config.get("v_head_dim", head_size)
+        return AttentionShape(layers, heads * (nope + rope), heads * (nope + rope + value_size), windows)
+    return AttentionShape(layers, heads * head_size, 2 * _kv_heads(config, heads) * head_size, windows)
+
+
+def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    if config.get("model_type") == "falcon":
+        # The new decoder repeats its keys and values for all query heads before they reach the cache.
+        return 1 if config.get("multi_query") and not config.get("new_decoder_architecture") else heads
+    attention = config.get("attn_config")
+    if isinstance(attention, Mapping) and attention.get("kv_n_heads"):
+        return int(attention["kv_n_heads"])
+    if config.get("model_type") == "gpt_bigcode":
+        return 1 if config.get("multi_query") else heads
+    return int(config.get("num_key_value_heads") or config.get("multi_query_group_num") or heads)
+
+
+def _window(config: Mapping[str, Any], index: int) -> int:
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return 0
+    kinds: Sequence[str] | None = config.get("layer_types")
+    if kinds:
+        return int(window) if "sliding" in kinds[index] else 0
+    return int(window)
