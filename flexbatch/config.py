@@ -7,19 +7,10 @@ both are plain here). `composition.load_config` fills them, `validation.check` h
 from __future__ import annotations
 
 import re
-import os.path
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-
-
-def last_component(path: str) -> str:
-    """`facebook/opt-125m` and `/data/opt-125m/` are both named `opt-125m` (`conf/model/hf.yaml`)."""
-    return os.path.basename(os.path.abspath(path)) or "model"
-
-
-OmegaConf.register_new_resolver("last_component", last_component, replace=True)
+from omegaconf import MISSING
 
 from flexbatch.errors import ConfigError
 
@@ -28,8 +19,9 @@ def option(default: Any, doc: str, **rules: Any) -> Any:
     """A config field with its one line of documentation; mutable defaults are copied for each instance.
 
     Rules that `validation.check` holds it to: `one_of` (values), `least` and `most` (numbers), `bytes` (a size such as
-    3GiB, or auto), `count` (a whole number from 1, or auto), `not_empty`. With `verbatim` the command line's text is
-    taken as it stands: no `${...}` is looked for in it (templates, regular expressions).
+    3GiB, or auto), `count` (a whole number from 1, or auto), `not_empty`. In a `path` a leading `~` is the home folder.
+    With `verbatim` the command line's text is taken as it stands: no `${...}` is looked for in it (templates, regular
+    expressions).
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list | dict):
@@ -81,9 +73,9 @@ class JobConfig:
 @dataclass
 class ModelConfig:
     name: str = option(MISSING, "name of the model; part of the default output folder")
-    path: str = option(MISSING, "a folder with config, safetensors and tokenizer, or a hub id")
+    path: str = option(MISSING, "a folder with config, safetensors and tokenizer, or a hub id", path=True)
     revision: str = option("main", "hub revision: a branch, tag or commit")
-    tokenizer: str = option("", "folder or hub id of the tokenizer, where it is not the model's own")
+    tokenizer: str = option("", "folder or hub id of the tokenizer, where it is not the model's own", path=True)
     dtype: str = option(
         "auto",
         "auto (as stored), bfloat16, float16 or float32: the type that the maths runs in",
@@ -95,13 +87,15 @@ class ModelConfig:
     config: dict[str, Any] = option(
         {}, "a Transformers config in place (with model_type), for dummy weights without a folder"
     )
-    cache_dir: str = option("~/.cache/flexbatch", "where hub files, packed weights and dummy layers are kept")
+    cache_dir: str = option(
+        "~/.cache/flexbatch", "where hub files, packed weights and dummy layers are kept", path=True
+    )
 
 
 @dataclass
 class DatasetConfig:
     name: str = option("", "name of the dataset, for the record only")
-    path: Any = option("", "file, folder, glob, list of these, fsspec URL, or hub id")
+    path: Any = option("", "file, folder, glob, list of these, fsspec URL, or hub id", path=True)
     format: str = option(
         "auto",
         "auto, arrow, parquet, jsonl, csv, saved (a `datasets` folder) or hub",
@@ -119,7 +113,7 @@ class PromptConfig:
     template: str = option(
         "{{ text }}", "Jinja template of the prompt (sandboxed); the row's columns are its variables", verbatim=True
     )
-    template_file: str = option("", "file with the template, instead of `template`")
+    template_file: str = option("", "file with the template, instead of `template`", path=True)
     max_tokens: int = option(512, "longest prompt, in tokens", least=1)
     padding: str = option(
         "bucket", "bucket (a micro-batch is as long as its longest row) or max_length", one_of=("bucket", "max_length")
@@ -161,7 +155,9 @@ class OffloadConfig:
     device: str = option("auto", "auto, cpu, cuda:0 or mps")
     device_memory: str = option("auto", "limit on device memory, such as 3GiB", bytes=True)
     host_memory: str = option("auto", "limit on main memory, such as 16GiB", bytes=True)
-    disk_dir: str = option("", "folder for KV cache and hidden states on disk; empty: inside the output folder")
+    disk_dir: str = option(
+        "", "folder for KV cache and hidden states on disk; empty: inside the output folder", path=True
+    )
     weight_bits: int = option(16, "16 (as stored), 8 or 4: bits of a weight", one_of=(16, 8, 4))
     kv_bits: int = option(16, "16 (the compute type), 8 or 4: bits of a KV cache entry", one_of=(16, 8, 4))
     compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU", one_of=("auto", "int8"))
@@ -174,7 +170,7 @@ class OffloadConfig:
         "auto (measured at start-up), direct or buffered: how weights are read from disk",
         one_of=("auto", "direct", "buffered"),
     )
-    trace: str = option("", "write a Chrome/Perfetto trace of the run to this file")
+    trace: str = option("", "write a Chrome/Perfetto trace of the run to this file", path=True)
 
 
 @dataclass
@@ -185,7 +181,7 @@ class HardwareConfig:
 
 @dataclass
 class OutputConfig:
-    dir: str = option("outputs/${job.name}/${model.name}", "the run's folder", not_empty=True)
+    dir: str = option("outputs/${job.name}/${model.name}", "the run's folder", not_empty=True, path=True)
     columns: list[str] = option([], "source columns to carry over into the output")
     part_rows: int = option(256, "rows of one Parquet part; part of the job's fixed order", least=1)
     journal_seconds: float = option(20.0, "at most this long between two saves of the tokens in flight", least=0.0)
