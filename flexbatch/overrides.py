@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from omegaconf import MISSING
 
 from flexbatch.config import Config
 from flexbatch.errors import ConfigError
@@ -142,3 +143,34 @@ def split_override(argument: str) -> tuple[str, str]:
             f"{argument!r}: Hydra's own options are not used here.", remedy="The run's folder is output.dir."
         )
     return name, value
+
+
+def type_name(key: Key) -> str:
+    """What may be written for the option, in words for --help and the README."""
+    if "one_of" in key.rules:
+        return " | ".join(str(choice) for choice in key.rules["one_of"])
+    if key.rules.get("count"):
+        return "number | auto"
+    if key.rules.get("bytes"):
+        return "size | auto"
+    names = {str: "text", int: "number", float: "decimal", bool: "true | false", Any: "text, list or mapping"}
+    return names.get(key.type) or {list: "list", dict: "mapping"}[typing.get_origin(key.type)]
+
+
+def default_text(key: Key) -> str:
+    group, field = key.name.split(".", 1)
+    value = getattr(getattr(Config(), group), field)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value == MISSING:
+        return "must be given"
+    return "empty" if value in (None, "", [], {}) else str(value).replace("\n", "\\n")
+
+
+def option_lines(group: str) -> list[str]:
+    """The group's options with meaning and default, for --help."""
+    return [
+        f"  {key.name:28} {key.rules['doc']} [{default_text(key)}]"
+        for key in keys()
+        if key.name.startswith(f"{group}.")
+    ]
