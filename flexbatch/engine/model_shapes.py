@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -13,21 +12,19 @@ from flexbatch.engine.model import SteppedModel, build
 from flexbatch.errors import ModelError
 from flexbatch.plan.model_spec import LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
 
-logger = logging.getLogger(__name__)
-
 
 def spec_from_config(
-    config: PreTrainedConfig | dict[str, Any], name: str = "", stored_bytes: int | None = None
+    config: PreTrainedConfig | dict[str, Any], name: str = "", stored_dtype: str = "", compute_dtype: str = ""
 ) -> ModelSpec:
-    """The sizes of the model that `config` describes. `stored_bytes` is the size of a stored parameter where it is not
-    the config's `dtype` (for example `model.dtype=float32` with converted weights).
+    """The sizes of the model that `config` describes. Number formats are named as in torch (`bfloat16`); without
+    `stored_dtype` the config's own `dtype` is taken, without `compute_dtype` the stored one.
 
     Raises `ModelError` that names the field for a config that lacks one or that no model can be built from.
     """
     if isinstance(config, dict):
         config = _config_object(config)
     attention = attention_shape(config.to_dict())
-    dtype = _stored_dtype(config)
+    dtype = _dtype(stored_dtype or getattr(config, "dtype", None))
     try:
         stepped = build(config, dtype)
     except ModelError:
@@ -60,7 +57,8 @@ def spec_from_config(
         outside=outside,
         small_parameters=total - streamed,
         head_parameters=_head_parameters(stepped),
-        dtype_bytes=stored_bytes or dtype.itemsize,
+        stored_dtype=_name(dtype),
+        compute_dtype=compute_dtype or _name(dtype),
     )
 
 
@@ -80,11 +78,15 @@ def _config_object(config: dict[str, Any]) -> PreTrainedConfig:
     return made
 
 
-def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def _dtype(value: Any) -> torch.dtype:
+    """From a torch dtype or its name; float32, Transformers' own default, where nothing is said."""
+    if isinstance(value, str):
+        value = getattr(torch, value, None)
+    return value if isinstance(value, torch.dtype) else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size: int, window: int) -> LayerSpec:

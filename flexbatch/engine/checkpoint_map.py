@@ -1,0 +1,152 @@
+"""Which tensors of a checkpoint make which parameter of the model.
+
+Transformers itself knows how published names map to its modules (prefixes added or dropped, renamed parts, the experts
+of a mixture merged into one tensor); its rules are used here, on names alone, so that every family that it can load is
+one that flexbatch can stream. A parameter is either one stored tensor as it is, or made from several by a converter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from flexbatch.errors import ModelError
+from flexbatch.memory.safetensors_index import TensorEntry
+
+
+@dataclass(slots=True)
+class ParameterSource:
+    """The stored tensors of one parameter, in the order in which they are combined.
+
+    Without a `converter` there is one tensor and it is the parameter. `patterns[i]` is the converter's source pattern
+    that `entries[i]` matched.
+    """
+
+    name: str
+    entries: list[TensorEntry] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    converter: WeightConverter | None = None
+
+    def assemble(self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
+        """The parameter's value from its stored tensors by name."""
+        if self.converter is None:
+            return tensors[self.entries[0].name]
+        converter = deepcopy(self.converter)
+        for entry, pattern in zip(self.entries, self.patterns, strict=True):
+            converter.add_tensor(self.name, entry.name, pattern, tensors[entry.name])
+        made: dict[str, Any] = converter.convert(self.name, model=model, config=model.config)
+        value = made[self.name]
+        return value[0] if isinstance(value, list) else value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def map_checkpoint(
+    model: PreTrainedModel, entries: Mapping[str, TensorEntry], where: str
+) -> dict[str, ParameterSource]:
+    """Sources by parameter (and persistent buffer) name; tied names share one source.
+
+    `where` names the checkpoint in errors. Raises `ModelError` naming missing and mis-shaped tensors.
+    """
+    wanted = model.state_dict()
+    transforms = get_model_conversion_mapping(model) or []
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    sources: dict[str, ParameterSource] = {}
+    unexpected: list[str] = []
+    for key in sorted(entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        if name not in wanted:
+            unexpected.append(key)
+            continue
+        source = sources.setdefault(name, ParameterSource(name))
+        source.entries.append(entries[key])
+        source.patterns.append(pattern or key)
+        source.converter = converter_of[pattern] if pattern is not None else None
+    _expand_one_to_many(sources, wanted)
+    _share_tied(model, sources)
+    _check(model, sources, wanted, unexpected, where)
+    return sources
+
+
+def _expand_one_to_many(sources: dict[str, ParameterSource], wanted: Mapping[str, torch.Tensor]) -> None:
+    """A converter with several targets (a fused tensor that the model keeps apart) feeds each of them."""
+    for source in list(sources.values()):
+        if source.converter is None or len(source.converter.target_patterns) < 2:
+            continue
+        first, *others = source.converter.target_patterns
+        for other in others:
+            name = source.name.replace(first.strip("^$\\"), other.strip("^$\\"))
+            if name in wanted and name not in sources:
+                sources[name] = ParameterSource(name, source.entries, source.patterns, source.converter)
+
+
+def _share_tied(model: PreTrainedModel, sources: dict[str, ParameterSource]) -> None:
+    by_parameter: dict[int, str] = {}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name in sources:
+            by_parameter.setdefault(id(parameters[name]), name)
+    for name in names:
+        owner = by_parameter.get(id(parameters[name]))
+        if owner is not None:
+            sources[name] = sources[owner]
+
+
+def _check(
+    model: PreTrainedModel,
+    sources: Mapping[str, ParameterSource],
+    wanted: Mapping[str, torch.Tensor],
+    unexpected: list[str],
+    where: str,
+) -> None:
+    missing = [name for name in wanted if name not in sources and not _ignored(model, name, "missing")]
+    if missing:
+        raise ModelError(
+            f"{where}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}.",
+            remedy="The checkpoint does not belong to its config.json, or a shard is incomplete; fetch it again.",
+        )
+    strange = [name for name in unexpected if not _ignored(model, name, "unexpected")]
+    if strange:
+        raise ModelError(
+            f"{where}: {len(strange)} tensors have no place in {type(model).__name__}: {_some(strange)}.",
+            remedy="The checkpoint does not belong to its config.json; check model.path.",
+        )
+    for name, source in sources.items():
+        if source.converter is None and tuple(source.entries[0].shape) != tuple(wanted[name].shape):
+            entry = source.entries[0]
+            raise ModelError(
+                f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}; "
+                f"config.json asks for {list(wanted[name].shape)}.",
+                remedy="The checkpoint and its config.json do not belong together; fetch both again.",
+            )
+
+
+# Left over in published checkpoints: causal masks and rotary tables that were once saved as buffers.
+_OLD_BUFFERS = re.compile(
+    r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\.(masked_)?bias|\.causal_mask|embed_positions)$"
+)
+
+
+def _ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
+    rules = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
+    return any(re.search(rule, name) for rule in rules) or (kind == "unexpected" and bool(_OLD_BUFFERS.search(name)))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,274 @@
+"""Continuous batching over streamed weights: one pass over the layers is one step for every row in flight.
+
+On each pass all live rows decode one token and new prompts are prefilled beside them; a row that is done frees its slot
+for the next pass. Compute and weight traffic overlap evenly on every pass, so a job takes the larger of the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from flexbatch.engine import calls
+from flexbatch.engine.growing import ConstraintState, Decoder, GrowingRow, finish
+from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.micro_batch import MicroBatch, walk
+from flexbatch.engine.model import SteppedModel
+from flexbatch.engine.sampling import choose, log_probabilities
+from flexbatch.engine.schedule import MICRO_BATCH_TOKENS, joining_count, pack
+from flexbatch.engine.storage import Storage
+from flexbatch.engine.weights import Weights
+from flexbatch.records import Completion, PassResult, Request
+
+
+class Constraint(Protocol):
+    """A compiled decoding constraint; one state per row."""
+
+    def start(self) -> ConstraintState: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the engine must know of the tokenizer: how to decode, and which tokens end a sequence."""
+
+    decoder: Decoder
+    end_tokens: frozenset[int]
+
+
+@dataclass
+class _Pass:
+    """What a pass gathers while it runs."""
+
+    completions: list[Completion] = field(default_factory=list)
+    grown: list[GrowingRow] = field(default_factory=list)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Joining:
+    """A prefill micro-batch: rows that go on growing (or end at once), or requests to score."""
+
+    rows: list[GrowingRow]
+    slots: list[int]
+    scored: bool
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [row.request.prompt_ids + tuple(row.tokens) for row in self.rows]
+
+
+class Engine:
+    """Generates for a stream of requests. `run` yields after every pass; `close` gives all memory back."""
+
+    def __init__(
+        self,
+        stepped: SteppedModel,
+        weights: Weights,
+        arena: KVArena,
+        storage: Storage,
+        vocabulary: Vocabulary,
+        *,
+        prefill_tokens: int,
+        padded_width: int = 0,
+        constraints: Mapping[str, Constraint] | None = None,
+    ) -> None:
+        self._stepped, self._weights, self._arena, self._storage = stepped, weights, arena, storage
+        self._vocabulary, self._constraints = vocabulary, constraints or {}
+        self._prefill_tokens, self._padded_width = prefill_tokens, padded_width
+        self._device = storage.device
+        self._slots: list[GrowingRow | None] = [None] * arena.slots
+        self._waiting: deque[GrowingRow] = deque()
+
+    def run(self, requests: Iterator[Request]) -> Iterator[PassResult]:
+        """Answers all requests. Each result tells what one pass brought; completions come in the order of finishing."""
+        while True:
+            started, before = time.perf_counter(), self._weights.statistics()
+            this = _Pass()
+            self._fetch(requests, this)
+            if not this.completions and not self._waiting and not self._live:
+                return
+            with torch.inference_mode():
+                self._one_pass(this)
+            after = self._weights.statistics()
+            yield PassResult(
+                completions=tuple(this.completions),
+                new_tokens={row.request.index: (row.tokens[-1],) for row in this.grown},
+                new_logprobs={
+                    row.request.index: (row.logprobs[-1],) for row in this.grown if row.request.sampling.logprobs
+                },
+                seconds=time.perf_counter() - started,
+                rows_in_flight=len(self._live),
+                prefill_tokens=this.prefill_tokens,
+                decode_tokens=this.decode_tokens,
+                waits={"weights": after.wait_seconds - before.wait_seconds},
+                bytes_moved={
+                    link: count - before.bytes_moved.get(link, 0) for link, count in after.bytes_moved.items()
+                },
+            )
+
+    def close(self) -> None:
+        self._weights.close()
+        self._storage.close()
+
+    @property
+    def _live(self) -> list[GrowingRow]:
+        return [row for row in self._slots if row is not None]
+
+    def _fetch(self, requests: Iterator[Request], this: _Pass) -> None:
+        """Keeps as many requests waiting as could join; those whose journal already holds everything are done."""
+        while len(self._waiting) < len(self._slots):
+            request = next(requests, None)
+            if request is None:
+                return
+            row = self._started(request)
+            done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder) if row.tokens else None
+            if done is None:
+                self._waiting.append(row)
+            else:
+                this.completions.append(done)
+
+    def _started(self, request: Request) -> GrowingRow:
+        row = GrowingRow(request, list(request.resumed), list(request.resumed_logprobs))
+        if request.constraint:
+            row.constraint = self._constraints[request.constraint].start()
+            for token in request.resumed:
+                row.constraint.advance(token)
+        return row
+
+    def _one_pass(self, this: _Pass) -> None:
+        self._arena.advance()
+        joining = self._join(this)
+        self._fill_holes(joining)
+        decoding = self._decoding()
+        batches = [MicroBatch(decoding)] if decoding is not None else []
+        batches += [MicroBatch(partial(self._prefill, batch)) for batch in joining]
+        results = walk(batches, self._weights.ready)
+        if decoding is not None:
+            slots = [slot for slot, row in enumerate(self._slots) if row is not None]
+            rows = [row for row in self._slots if row is not None]
+            this.decode_tokens += len(rows)
+            self._grow(rows, results.pop(0)[slots], this)
+            for slot, row in zip(slots, rows, strict=True):
+                if self._is_done(row, this):
+                    self._slots[slot] = None
+        for batch, logits in zip(joining, results, strict=True):
+            self._settle(batch, logits, this)
+
+    def _join(self, this: _Pass) -> list[_Joining]:
+        """Takes the prompts that are prefilled in this pass out of the waiting line, in micro-batches with slots."""
+        lengths = [row.cached_length + 1 for row in self._waiting]
+        free = [slot for slot, row in enumerate(self._slots) if row is None]
+        count = joining_count(lengths, len(free), self._prefill_tokens)
+        rows = [self._waiting.popleft() for _ in range(count)]
+        this.prefill_tokens += sum(lengths[:count])
+        batches = []
+        for kind in (_keeps_growing, _ends_at_prefill, _is_scored):
+            chosen = [row for row in rows if kind(row)]
+            for group in pack([max(row.cached_length + 1, self._padded_width) for row in chosen], MICRO_BATCH_TOKENS):
+                members = [chosen[index] for index in group]
+                slots = [free.pop(0) for _ in members] if kind is _keeps_growing else []
+                batches.append(_Joining(members, slots, kind is _is_scored))
+        return batches
+
+    def _fill_holes(self, joining: list[_Joining]) -> None:
+        """Moves rows from the end into empty slots before them that nobody joins, so that the decode batch is dense."""
+        taken = {slot for batch in joining for slot in batch.slots}
+        occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
+        holes = [slot for slot, row in enumerate(self._slots) if row is None and slot not in taken]
+        for hole, last in zip(holes, reversed(occupied), strict=False):
+            if hole > last:
+                break
+            self._arena.move(last, hole)
+            self._slots[hole], self._slots[last] = self._slots[last], None
+
+    def _decoding(self) -> partial[torch.Tensor] | None:
+        """The decode call over the slots up to the last live one; empty slots among them are rows of length 0."""
+        if not self._live:
+            return None
+        rows = self._slots[: 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)]
+        tokens = [row.tokens[-1] if row is not None else 0 for row in rows]
+        lengths = [row.cached_length if row is not None else 0 for row in rows]
+        return partial(calls.decode, self._stepped, self._arena, tokens, lengths, self._device)
+
+    def _prefill(self, batch: _Joining) -> torch.Tensor:
+        keep = 1 + max(row.request.score_tokens for row in batch.rows)
+        return calls.prefill(
+            self._stepped, self._arena, batch.prompts, batch.slots, keep, self._padded_width, self._device
+        )
+
+    def _settle(self, batch: _Joining, logits: torch.Tensor, this: _Pass) -> None:
+        """What a prefill's logits mean: scores, or each row's first token."""
+        if batch.scored:
+            this.completions += [_score(row.request, logits[index]) for index, row in enumerate(batch.rows)]
+            return
+        this.decode_tokens += len(batch.rows)
+        self._grow(batch.rows, logits[:, -1], this)
+        for index, row in enumerate(batch.rows):
+            if not self._is_done(row, this) and batch.slots:
+                self._slots[batch.slots[index]] = row
+
+    def _grow(self, rows: list[GrowingRow], logits: torch.Tensor, this: _Pass) -> None:
+        """One more token for each row from its logits, float32 `[rows, vocabulary]`."""
+        samplings = [row.request.sampling for row in rows]
+        steps = [len(row.tokens) for row in rows]
+        allowed = logits
+        for index, row in enumerate(rows):
+            mask = self._forbidden(row, logits.shape[-1])
+            if mask is not None:
+                allowed = logits.clone() if allowed is logits else allowed
+                allowed[index].masked_fill_(mask.to(logits.device), -torch.inf)
+        tokens = choose(allowed, samplings, steps)
+        wanted = any(sampling.logprobs for sampling in samplings)
+        logprobs = log_probabilities(logits, tokens).tolist() if wanted else []
+        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            row.add(token, logprobs[index] if row.request.sampling.logprobs else None)
+        this.grown += rows
+
+    def _forbidden(self, row: GrowingRow, vocabulary_size: int) -> torch.Tensor | None:
+        """bool `[vocabulary]` of tokens that may not come next, or None: the minimum length, and the row's constraint."""
+        forbidden = None
+        if row.constraint is not None:
+            forbidden = ~row.constraint.allowed()
+            forbidden = torch.nn.functional.pad(
+                forbidden[:vocabulary_size], (0, max(0, vocabulary_size - len(forbidden))), value=True
+            )
+        if len(row.tokens) < row.request.sampling.min_new_tokens and self._vocabulary.end_tokens:
+            forbidden = torch.zeros(vocabulary_size, dtype=torch.bool) if forbidden is None else forbidden.clone()
+            forbidden[[token for token in self._vocabulary.end_tokens if token < vocabulary_size]] = True
+        return forbidden
+
+    def _is_done(self, row: GrowingRow, this: _Pass) -> bool:
+        done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder)
+        if done is None:
+            return False
+        this.completions.append(done)
+        return True
+
+
+def _is_scored(row: GrowingRow) -> bool:
+    return row.request.score_tokens > 0
+
+
+def _ends_at_prefill(row: GrowingRow) -> bool:
+    return not _is_scored(row) and row.request.sampling.max_new_tokens - len(row.tokens) <= 1
+
+
+def _keeps_growing(row: GrowingRow) -> bool:
+    return not _is_scored(row) and not _ends_at_prefill(row)
+
+
+def _score(request: Request, logits: torch.Tensor) -> Completion:
+    """The last `score_tokens` prompt tokens under the model. `logits` float32 `[kept, vocabulary]`, the last for nothing."""
+    count = request.score_tokens
+    targets = torch.tensor(request.prompt_ids[-count:], device=logits.device)
+    before = logits[-count - 1 : -1]
+    greedy = bool((before.argmax(-1) == targets).all())
+    logprobs = tuple(log_probabilities(before, targets).tolist())
+    return Completion(request.index, request.prompt_ids[-count:], "", "stop", logprobs, greedy)

@@ -1,0 +1,66 @@
+"""Micro-batches are coroutines: each one's ordinary `model(...)` call runs in its own greenlet.
+
+Every stop of the model hands control back on entry, so the walk below can make one stop's weights ready once, take all
+micro-batches through it, and go on to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from flexbatch.engine.model import SteppedModel, Stop
+from flexbatch.errors import EngineError
+
+Ready = Callable[[Stop], AbstractContextManager[None]]
+Parked = Callable[[torch.Tensor], Callable[[], None]]
+"""Takes away the memory of a waiting tensor; what it returns brings it back."""
+
+
+class MicroBatch:
+    """One call of the model under way. `result` is what the call returned, once `resume` has returned None."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._greenlet = greenlet(call)
+        self.result: Any = None
+
+    def resume(self) -> Stop | None:
+        """Runs to the next stop and returns it, or to the end and returns None. Errors of the model come out here."""
+        value = self._greenlet.switch()
+        if self._greenlet.dead:
+            self.result = value
+            return None
+        stop: Stop = value
+        return stop
+
+
+def walk(micro_batches: Sequence[MicroBatch], ready: Ready) -> list[Any]:
+    """One pass: all micro-batches through the model together, stop by stop. Returns what each call returned."""
+    waiting = [micro_batch.resume() for micro_batch in micro_batches]
+    while waiting and (stop := waiting[0]) is not None:
+        if any(other is not stop for other in waiting):
+            raise EngineError("The model's layers are met in different orders by different micro-batches.")
+        with ready(stop):
+            waiting = [micro_batch.resume() for micro_batch in micro_batches]
+    return [micro_batch.result for micro_batch in micro_batches]
+
+
+def install_stops(stepped: SteppedModel, parked: Parked | None) -> None:
+    """Wraps every stop's forward so that it first hands control to the walk; with `parked`, hidden states make room."""
+    for stop in stepped.stops:
+        stop.module.forward = _stopping(stop, stop.module.forward, parked if stop.layer is not None else None)
+
+
+def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) -> Callable[..., Any]:
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        restore = parked(args[0] if args else kwargs["hidden_states"]) if parked is not None else None
+        getcurrent().parent.switch(stop)
+        if restore is not None:
+            restore()
+        return forward(*args, **kwargs)
+
+    return stopped

@@ -1,0 +1,115 @@
+"""An unmodified Transformers causal LM, built without weights, and the modules at which its forward can be stopped.
+
+A *stop* is a module whose weights are supplied by the engine: every decoder layer, and every module outside the layers
+that holds more than a few parameters (token embedding, position table, output head). Small modules between the stops
+(norms, projections of a few kilobytes) keep their weights for good. A forward meets the stops in one fixed order,
+which is what lets many micro-batches walk through the model side by side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flexbatch.errors import ModelError
+
+# Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
+SMALL_MODULE_PARAMETERS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A module at which micro-batches wait until its weights are there. `layer` is None outside the decoder layers."""
+
+    name: str
+    module: nn.Module
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class SteppedModel:
+    """A meta-device model and its stops, in the order in which they are registered (layers in forward order)."""
+
+    model: PreTrainedModel
+    stops: tuple[Stop, ...]
+    num_layers: int
+    takes_position_ids: bool
+
+    def stop_of_parameter(self) -> dict[str, str | None]:
+        """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
+        owners: dict[str, str | None] = {}
+        prefixes = [(stop.name + ".", stop.name) for stop in self.stops]
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            owners[name] = next((stop for prefix, stop in prefixes if name.startswith(prefix)), None)
+        return owners
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> SteppedModel:
+    """The model of a Transformers config on the meta device, its non-parameter buffers real (rotary tables and such).
+
+    Raises `ModelError` for an architecture that is not a decoder-only causal LM of the installed Transformers.
+    """
+    check_architecture(config)
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()
+    model.eval()
+    layers = decoder_layers(model)
+    stops = tuple(_stops(model, layers))
+    takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+    return SteppedModel(model, stops, len(layers), takes_position_ids)
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Refuse what the engine cannot run, before anything is read."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model type {kind!r} is an encoder-decoder model; flexbatch runs decoder-only causal language models.",
+            remedy="Choose a causal LM, such as OPT, BLOOM, Llama, Mistral, Qwen or Gemma.",
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+        raise ModelError(
+            f"model type {kind!r} is not a causal language model of the installed Transformers.",
+            remedy=f"Nearest supported types: {', '.join(near) or 'opt, llama, gpt2'}. A newer Transformers may know it.",
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers, found by the class names that the model says must not be split."""
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in names:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} does not say which of its modules are decoder layers (_no_split_modules is "
+        f"{sorted(names)}).",
+        remedy="This architecture cannot be streamed layer by layer; use one with a list of decoder layers.",
+    )
+
+
+def _stops(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[Stop]:
+    layer_of = {id(layer): index for index, layer in enumerate(layers)}
+    inside = {id(child) for layer in layers for child in layer.modules()}
+    for name, module in model.named_modules():
+        if id(module) in layer_of:
+            yield Stop(name, module, layer_of[id(module)])
+        elif id(module) not in inside and _own_parameters(module) >= SMALL_MODULE_PARAMETERS:
+            yield Stop(name, module, None)
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -1,0 +1,103 @@
+"""Puts an engine together: model, weights, KV arena and storage, from a checkpoint, a policy and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from flexbatch.engine.checkpoint_map import map_checkpoint
+from flexbatch.engine.engine import Constraint, Engine, Vocabulary
+from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.micro_batch import install_stops
+from flexbatch.engine.model import build
+from flexbatch.engine.storage import HiddenStateParking, Storage
+from flexbatch.engine.weights import StreamOptions, Weights
+from flexbatch.memory.direct_io import choose_reader
+from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
+from flexbatch.memory.tiers import TierBudget
+from flexbatch.memory.transfer import OnEvent
+from flexbatch.plan.placement import place_slots
+from flexbatch.plan.policy import Policy, Tier
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's config and where its tensors lie. `where` names it in errors."""
+
+    config: PreTrainedConfig
+    entries: Mapping[str, TensorEntry]
+    where: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of each tier that may be used, and the folder for what goes to disk."""
+
+    device: int = UNLIMITED
+    host: int = UNLIMITED
+    disk: int = UNLIMITED
+    disk_folder: Path = Path(".")
+
+    def budgets(self) -> dict[Tier, TierBudget]:
+        amounts = {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}
+        return {tier: TierBudget(tier, amount) for tier, amount in amounts.items()}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`span` is the most tokens that a row can have, prompt and completion; `padded_width` pads every prompt (0: not)."""
+
+    span: int
+    dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
+    padded_width: int = 0
+    reader: str = "auto"
+    constraints: Mapping[str, Constraint] = field(default_factory=dict)
+    on_event: OnEvent | None = None
+
+
+def compute_dtype(choice: str, stored: Mapping[str, TensorEntry], device: torch.device) -> torch.dtype:
+    """The type that the maths runs in. `auto` is the type that most bytes are stored in; float16 stored is bfloat16 on
+    a CPU, where float16 arithmetic is some ten times slower."""
+    if choice != "auto":
+        return DTYPES[choice]
+    amounts: dict[str, int] = {}
+    for entry in stored.values():
+        amounts[entry.dtype] = amounts.get(entry.dtype, 0) + entry.nbytes
+    common = TORCH_DTYPES[max(amounts, key=lambda name: amounts[name])]
+    if common is torch.float16 and device.type == "cpu":
+        return torch.bfloat16
+    return common if common in DTYPES.values() else torch.float32
+
+
+def open_engine(
+    checkpoint: Checkpoint, policy: Policy, limits: Limits, vocabulary: Vocabulary, options: EngineOptions
+) -> Engine:
+    """An engine ready to run: residents loaded, the stream of the other weights under way."""
+    stepped = build(checkpoint.config, options.dtype)
+    sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
+    storage = Storage(options.device, limits.budgets(), limits.disk_folder)
+    reader = choose_reader(sorted({entry.file for entry in checkpoint.entries.values()}), options.reader)
+    stream = StreamOptions(reader, policy.prefetch_bytes, options.on_event)
+    weights = Weights(stepped, sources, policy.weights, storage, stream)
+    parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
+    install_stops(stepped, parking.park if parking is not None else None)
+    counts = place_slots(stepped.num_layers, policy.slots, policy.kv)
+    slack = max(32, options.span // 4)
+    return Engine(
+        stepped,
+        weights,
+        KVArena(counts, policy.slots, options.span, slack, storage),
+        storage,
+        vocabulary,
+        prefill_tokens=policy.prefill_tokens,
+        padded_width=options.padded_width,
+        constraints=options.constraints,
+    )

@@ -1,0 +1,86 @@
+"""Room on the three tiers for what the engine keeps besides weights: KV cache and waiting hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from flexbatch.memory.tiers import DiskArena, HostArena, TierBudget
+from flexbatch.plan.policy import Shares, Tier
+
+
+class Storage:
+    """Zeroed tensors on a tier, admitted by that tier's budget before they are made."""
+
+    def __init__(self, device: torch.device, budgets: Mapping[Tier, TierBudget], disk_folder: Path) -> None:
+        self.device, self.budgets = device, budgets
+        self._host = HostArena(budgets[Tier.HOST], pinned=device.type == "cuda")
+        self._disk_folder, self._disk_arenas = disk_folder, list[DiskArena]()
+
+    def zeros(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if tier is Tier.HOST:
+            return self._host.tensor(shape, dtype, what)
+        self.budgets[tier].reserve(nbytes, what)
+        if tier is Tier.DISK:
+            arena = DiskArena(self._disk_folder, nbytes)
+            self._disk_arenas.append(arena)
+            return arena.tensor(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def close(self) -> None:
+        for arena in self._disk_arenas:
+            arena.close()
+        self._host.close()
+
+
+class HiddenStateParking:
+    """Where hidden states are while their micro-batch waits: the shares of each tensor's elements on each tier.
+
+    A waiting tensor keeps its identity (the model's own frame holds it); only its memory is given back and returned.
+    """
+
+    def __init__(self, shares: Shares, storage: Storage) -> None:
+        self._shares, self._storage = shares, storage
+        self._buffers: dict[tuple[Tier, torch.dtype], list[torch.Tensor]] = {}
+
+    def park(self, tensor: torch.Tensor) -> Callable[[], None]:
+        """Moves `tensor`'s memory to the tiers; calling the result brings it back, bit for bit."""
+        memory = tensor.untyped_storage()
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory)
+        count = flat.numel()
+        on_device = round(count * self._shares.device)
+        on_host = round(count * (self._shares.device + self._shares.host)) - on_device
+        cuts = (
+            (Tier.DEVICE, 0, on_device),
+            (Tier.HOST, on_device, on_device + on_host),
+            (Tier.DISK, on_device + on_host, count),
+        )
+        kept = [
+            (tier, start, stop, self._borrow(tier, tensor.dtype, stop - start))
+            for tier, start, stop in cuts
+            if stop > start
+        ]
+        for _, start, stop, buffer in kept:
+            buffer[: stop - start].copy_(flat[start:stop])
+        nbytes = memory.nbytes()
+        memory.resize_(0)
+
+        def restore() -> None:
+            memory.resize_(nbytes)
+            for tier, start, stop, buffer in kept:
+                flat[start:stop].copy_(buffer[: stop - start])
+                self._buffers.setdefault((tier, tensor.dtype), []).append(buffer)
+
+        return restore
+
+    def _borrow(self, tier: Tier, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """A free buffer of at least `count` elements on the tier; made where none is free."""
+        free = self._buffers.setdefault((tier, dtype), [])
+        for index, buffer in enumerate(free):
+            if buffer.numel() >= count:
+                return free.pop(index)
+        return self._storage.zeros(tier, (count,), dtype, "hidden states")

@@ -1,0 +1,189 @@
+"""The model's weights: some resident on the device, the others streamed past, stop after stop, pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flexbatch.engine.checkpoint_map import ParameterSource
+from flexbatch.engine.model import SteppedModel, Stop
+from flexbatch.engine.storage import Storage
+from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
+from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
+from flexbatch.memory.tiers import TierBudget
+from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
+from flexbatch.plan.placement import place_bytes
+from flexbatch.plan.policy import Shares, Tier
+
+NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of a stop: the module that holds it, its name there, its source, its type in the model."""
+
+    module: nn.Module
+    name: str
+    source: ParameterSource
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How streamed weights travel. `prefetch_bytes` 0 asks for room for the two largest stops."""
+
+    reader: Reader
+    prefetch_bytes: int = 0
+    on_event: OnEvent | None = None
+
+
+def parameter_slots(stepped: SteppedModel, sources: Mapping[str, ParameterSource]) -> dict[str | None, list[Slot]]:
+    """Every parameter by the stop that owns it (None: the small modules between the stops)."""
+    owners = stepped.stop_of_parameter()
+    slots: dict[str | None, list[Slot]] = {}
+    for name, parameter in stepped.model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        slot = Slot(stepped.model.get_submodule(path), leaf, sources[name], parameter.dtype)
+        slots.setdefault(owners[name], []).append(slot)
+    return slots
+
+
+def place_sources(stops: Sequence[Stop], slots: Mapping[str | None, Sequence[Slot]], shares: Shares) -> dict[str, Tier]:
+    """A tier for each source by its name; a source that several stops share (tied weights) is placed once."""
+    sources = {slot.source.name: slot.source for stop in stops for slot in slots.get(stop.name, ())}
+    tiers = place_bytes([source.nbytes for source in sources.values()], shares)
+    return dict(zip(sources, tiers, strict=True))
+
+
+class Weights:
+    """Supplies a stop's weights for as long as the walk is at it (`ready`)."""
+
+    def __init__(
+        self,
+        stepped: SteppedModel,
+        sources: Mapping[str, ParameterSource],
+        shares: Shares,
+        storage: Storage,
+        options: StreamOptions,
+    ) -> None:
+        self._stepped, self._storage, self._options = stepped, storage, options
+        self._device = storage.device
+        self._slots = parameter_slots(stepped, sources)
+        self.tiers = place_sources(stepped.stops, self._slots, shares)
+        self._host: dict[str, torch.Tensor] = {}
+        self._load_residents(sources)
+        self._order = [stop.name for stop in stepped.stops if self._streamed(stop.name)]
+        self._position, self._stream = 0, None
+        self._stream = self._open_stream() if self._order else None
+
+    @contextmanager
+    def ready(self, stop: Stop) -> Iterator[None]:
+        """The stop's weights are in its module inside this context."""
+        streamed = self._streamed(stop.name)
+        if not streamed:
+            yield
+            return
+        tensors = self._acquire(stop.name)
+        for slot in streamed:
+            value = slot.source.assemble(tensors, self._stepped.model)
+            slot.module._parameters[slot.name] = _parameter(value.to(slot.dtype))
+        try:
+            yield
+        finally:
+            for slot in streamed:
+                slot.module._parameters[slot.name] = None
+            assert self._stream is not None
+            self._stream.release(stop.name)
+
+    def statistics(self) -> StreamStatistics:
+        return self._stream.statistics() if self._stream is not None else NO_STATISTICS
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def _streamed(self, stop: str) -> list[Slot]:
+        return [slot for slot in self._slots.get(stop, ()) if self.tiers[slot.source.name] is not Tier.DEVICE]
+
+    def _acquire(self, name: str) -> Mapping[str, torch.Tensor]:
+        """The next unit. Stops are registered in nearly the order of use; the first pass shows where they are not."""
+        assert self._stream is not None
+        if self._order[self._position] != name:
+            self._stream.close()
+            self._order.remove(name)
+            self._order.insert(self._position, name)
+            self._stream = self._open_stream()
+        self._position = (self._position + 1) % len(self._order)
+        return self._stream.acquire(name)
+
+    def _open_stream(self) -> WeightStream:
+        names = self._order[self._position :] + self._order[: self._position]
+        units = [StreamUnit(name, tuple(self._stream_tensors(name))) for name in names]
+        smallest = WeightStream.required_bytes(units, self._device)
+        return WeightStream(
+            units,
+            reader=self._options.reader,
+            budget_bytes=max(self._options.prefetch_bytes, smallest) if self._options.prefetch_bytes else 2 * smallest,
+            device=self._device,
+            on_event=self._options.on_event,
+        )
+
+    def _stream_tensors(self, stop: str) -> Iterator[StreamTensor]:
+        seen = set()
+        for slot in self._streamed(stop):
+            for entry in slot.source.entries:
+                if entry.name not in seen:
+                    seen.add(entry.name)
+                    target = slot.dtype if slot.source.converter is None else None
+                    yield StreamTensor(entry.name, self._host.get(entry.name, entry), target)
+
+    def _load_residents(self, sources: Mapping[str, ParameterSource]) -> None:
+        for stop, slots in self._slots.items():
+            for slot in slots:
+                tier = Tier.DEVICE if stop is None else self.tiers[slot.source.name]
+                if tier is Tier.DEVICE:
+                    self._make_resident(slot)
+                elif tier is Tier.HOST:
+                    self._keep_on_host(slot.source)
+        for name, buffer in self._stepped.model.named_buffers():
+            if name in sources:
+                buffer.copy_(self._read(sources[name].entries[0]).to(buffer.dtype))
+        self._stepped.model._apply(_only_buffers(self._device))
+
+    def _make_resident(self, slot: Slot) -> None:
+        twin = self._resident.get(slot.source.name)
+        if twin is None:
+            self._storage.budgets[Tier.DEVICE].reserve(slot.source.nbytes, "weights")
+            tensors = {entry.name: self._read(entry) for entry in slot.source.entries}
+            value = slot.source.assemble(tensors, self._stepped.model).to(self._device, slot.dtype)
+            twin = self._resident.setdefault(slot.source.name, _parameter(value))
+        slot.module._parameters[slot.name] = twin
+
+    @property
+    def _resident(self) -> dict[str, nn.Parameter]:
+        return self.__dict__.setdefault("_resident_by_source", {})
+
+    def _keep_on_host(self, source: ParameterSource) -> None:
+        for entry in source.entries:
+            if entry.name not in self._host:
+                kept = self._storage.zeros(Tier.HOST, tuple(entry.shape), TORCH_DTYPES[entry.dtype], "weights")
+                self._host[entry.name] = kept.copy_(self._read(entry))
+
+    def _read(self, entry: TensorEntry) -> torch.Tensor:
+        """The stored tensor, in memory of its own."""
+        buffer = AlignedBuffer(-(-entry.nbytes // PAGE) * PAGE + 2 * PAGE)
+        start = self._options.reader.read(entry.file, entry.offset, entry.nbytes, buffer, 0)
+        return buffer.view(start, TORCH_DTYPES[entry.dtype], entry.shape)
+
+
+def _parameter(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _only_buffers(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """For `Module._apply`: moves buffers, leaves parameters (which are meta, or where they belong already)."""
+    return lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.to(device)

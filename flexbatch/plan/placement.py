@@ -1,0 +1,55 @@
+"""Turns shares into tensors and slots, exactly: every byte is placed once, and a share is held to one tensor or finer.
+
+Both functions walk their units in the order of use and keep a running account for each tier (error diffusion, as in
+Bresenham's line), so that what is resident is spread evenly over the layers: a pass then waits for the disk a little
+everywhere and nowhere long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexbatch.plan.policy import Shares, Tier
+
+_TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
+
+
+def place_bytes(sizes: Sequence[int], shares: Shares) -> list[Tier]:
+    """A tier for each of `sizes` (bytes of tensors, in the order of use).
+
+    Every running total of a tier stays within one tensor of its share of the running total of all.
+    """
+    wanted = {Tier.DEVICE: shares.device, Tier.HOST: shares.host, Tier.DISK: shares.disk}
+    allowed = [tier for tier in _TIERS if wanted[tier] > 1e-12]
+    held = dict.fromkeys(allowed, 0.0)
+    total = 0.0
+    placed = []
+    for size in sizes:
+        total += size
+        # The tier that lacks most of its share takes the tensor; on a tie, the faster tier.
+        tier = max(allowed, key=lambda tier: (wanted[tier] * total - held[tier], -_TIERS.index(tier)))
+        held[tier] += size
+        placed.append(tier)
+    return placed
+
+
+def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, int]]:
+    """For each layer, how many of its `slots` are on the device and how many on the host; the rest are on disk.
+
+    A unit is one slot of one layer. Over all layers each tier holds its share of `num_layers * slots` units to half a
+    unit, and neighbouring layers differ by at most one slot.
+    """
+    counts = []
+    for layer in range(num_layers):
+        device = _between(layer, slots, shares.device)
+        faster = _between(layer, slots, min(1.0, shares.device + shares.host))
+        counts.append((device, max(0, faster - device)))
+    return counts
+
+
+def _between(layer: int, slots: int, share: float) -> int:
+    return _rounded((layer + 1) * slots * share) - _rounded(layer * slots * share)
+
+
+def _rounded(value: float) -> int:
+    return int(value + 0.5 + 1e-9)
