@@ -217,7 +217,9 @@ PROBE_LIMIT_BYTES = 128 << 20
 PROBE_SECONDS = 0.2
 
 
-def choose_reader(sample_files: Sequence[Path], mode: str = "auto", *, threads: int = 4) -> DirectReader | BufferedReader:
+def choose_reader(
+    sample_files: Sequence[Path], mode: str = "auto", *, threads: int = 4
+) -> DirectReader | BufferedReader:
     """The reader for these files: the one that `mode` names (`direct`, `buffered`), or the better one (`auto`).
 
     The measurement reads at most 128 MiB and 0.2 s each way. The faster wins; within a tenth, the one that costs less

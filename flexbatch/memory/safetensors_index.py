@@ -42,7 +42,9 @@ class SafetensorsIndex:
     def open(folder: Path) -> SafetensorsIndex:
         """The checkpoint in `folder`; reads headers only. ModelError (file, tensor, remedy) for anything unsound."""
         if not folder.is_dir():
-            raise ModelError(f"{folder} is not a folder.", remedy="Give the folder that holds config.json and the weights.")
+            raise ModelError(
+                f"{folder} is not a folder.", remedy="Give the folder that holds config.json and the weights."
+            )
         if (folder / SINGLE).exists():
             return SafetensorsIndex.of_file(folder / SINGLE)
         if (folder / INDEX).exists():
@@ -139,7 +141,8 @@ def _nothing_found(folder: Path) -> ModelError:
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.npy") for file in folder.glob(pattern))
     if others:
         return ModelError(
-            f"{folder} holds no safetensors file; it has {others[0]}" + (f" and {len(others) - 1} more." if others[1:] else "."),
+            f"{folder} holds no safetensors file; it has {others[0]}"
+            + (f" and {len(others) - 1} more." if others[1:] else "."),
             remedy="Bring the weights into safetensors once with `python -m flexbatch import`.",
         )
     return ModelError(
