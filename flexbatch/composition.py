@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flexbatch.config import Config
@@ -84,21 +84,18 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
     """
     folders = [bundled("conf"), *([config_dir] if config_dir else [])]
     pairs = [split_override(argument) for argument in overrides]
-    node = compose_groups([choose(name, value, folders) for name, value in pairs if name in GROUPS], config_dir)
-    verbatim = []
-    for name, text in pairs:
-        if name in GROUPS:
-            continue
-        key = find_key(name)
-        value = convert(key, text)
-        if key.rules.get("verbatim"):
-            verbatim.append((key, value))
-        else:
-            OmegaConf.update(node, name, value, force_add=bool(key.subkey))
+    choices = [choose(name, value, folders) for name, value in pairs if name in GROUPS]
+    keyed = [(name, find_key(name), text) for name, text in pairs if name not in GROUPS]
+    values = [(name, key, convert(key, text)) for name, key, text in keyed]
+    node = compose_groups(choices, config_dir)
+    for name, key, value in values:
+        if not key.rules.get("verbatim"):
+            OmegaConf.update(node, name, value, force_add=bool(key.subkey) or isinstance(value, dict))
     config = resolved(node)
-    for key, value in verbatim:
-        group, field = key.name.split(".", 1)
-        setattr(getattr(config, group), field, value)
+    for _, key, value in values:
+        if key.rules.get("verbatim"):
+            group, field = key.name.split(".", 1)
+            setattr(getattr(config, group), field, value)
     forget_alternatives(config, {name for name, _ in pairs})
     check(config)
     return config
@@ -117,10 +114,11 @@ def forget_alternatives(config: Config, named: set[str]) -> None:
 def resolved(node: Any) -> Config:
     """The node as plain dataclasses, `${...}` filled in, `~` in paths too."""
     try:
-        missing = OmegaConf.missing_keys(node)
-        if missing:
-            name = min(missing)
-            raise ConfigError(f"{name} is not set.", remedy=f"Add {name}= and {doc(name)}.")
+        unresolved: Any = OmegaConf.to_container(node, resolve=False)
+        for name in ("model.path", "model.name"):
+            group, field = name.split(".")
+            if unresolved[group][field] == MISSING:
+                raise ConfigError(f"{name} is not set.", remedy=f"Add {name}= and {doc(name)}.")
         config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(
