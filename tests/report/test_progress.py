@@ -1,0 +1,154 @@
+"""The progress display, driven by passes on a clock of the test's own."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pty
+from collections import deque
+from datetime import UTC, datetime
+
+import pytest
+
+from flexbatch.records import PassResult
+from flexbatch.report.progress import (
+    RATE_WINDOW_SECONDS,
+    Progress,
+    Sample,
+    duration_text,
+    finish_text,
+    line_text,
+    snapshot,
+    traffic_text,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def one_pass(decode_tokens: int = 8, rows_in_flight: int = 8) -> PassResult:
+    return PassResult(
+        completions=(),
+        new_tokens={},
+        new_logprobs={},
+        seconds=1.0,
+        rows_in_flight=rows_in_flight,
+        prefill_tokens=512,
+        decode_tokens=decode_tokens,
+        waits={"weights": 0.25},
+        bytes_moved={"disk>device": 2_000_000_000},
+    )
+
+
+def drive(progress: Progress, clock: Clock, passes: int, rows_per_pass: int = 1) -> None:
+    for number in range(passes):
+        clock.seconds += 1.0
+        progress.update(one_pass(), progress.already_done + rows_per_pass * (number + 1))
+
+
+def test_a_pipe_gets_one_line_every_few_seconds_and_always_a_last_one() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, stream=stream, clock=clock, every_seconds=5) as progress:
+        drive(progress, clock, 12)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("12/100 rows (12%)")
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_run_shorter_than_the_interval_still_says_that_it_is_done() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(2, stream=stream, clock=clock) as progress:
+        drive(progress, clock, 2)
+    assert stream.getvalue().splitlines()[-1].endswith("done in 2 s")
+
+
+def test_the_line_says_rows_tokens_bytes_waits_and_finish() -> None:
+    clock = Clock()
+    with Progress(100, stream=io.StringIO(), clock=clock) as progress:
+        drive(progress, clock, 10)
+        line = line_text(progress.now, datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC))
+    assert line == (
+        "10/100 rows (10%) | 8 tokens/s | prefill 512 tokens/s | 8 in flight | disk>device 2.00 GB/s"
+        " | waiting 25% | 1 min 30 s left, done at 12:01:30"
+    )
+
+
+def test_rows_of_earlier_attempts_count_as_done_but_not_as_speed() -> None:
+    clock = Clock()
+    with Progress(1000, already_done=900, stream=io.StringIO(), clock=clock) as progress:
+        drive(progress, clock, 10)
+        now = progress.now
+    assert now.rows_done == 910
+    assert now.seconds_left == pytest.approx(90)
+
+
+def test_the_finish_time_follows_the_last_minutes_not_the_whole_run() -> None:
+    clock = Clock()
+    with Progress(100_000, stream=io.StringIO(), clock=clock, every_seconds=1e9) as progress:
+        drive(progress, clock, 1000, rows_per_pass=1)
+        done = progress.now.rows_done
+        for number in range(int(2 * RATE_WINDOW_SECONDS)):
+            clock.seconds += 1.0
+            progress.update(one_pass(), done + 10 * (number + 1))
+        now = progress.now
+    assert now.seconds_left == pytest.approx((100_000 - now.rows_done) / 10, rel=0.01)
+
+
+def test_nobody_knows_the_finish_before_the_first_row() -> None:
+    samples = deque([Sample(0, 0, 0, 0, 0, {}), Sample(1, 0, 5, 5, 0, {})])
+    now = snapshot(samples, 10, 5, 0.0)
+    assert math.isinf(now.seconds_left)
+    assert "? left, done at ?" in line_text(now, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_a_job_without_rows_is_done() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(0, stream=stream, clock=clock):
+        pass
+    assert "0/0 rows (100%)" in stream.getvalue()
+
+
+def test_a_terminal_gets_a_live_display_with_the_same_facts() -> None:
+    reader, writer = pty.openpty()
+    clock = Clock()
+    with os.fdopen(writer, "w") as terminal, Progress(100, stream=terminal, clock=clock) as progress:
+        drive(progress, clock, 3)
+        terminal.flush()
+    shown = b""
+    try:
+        while chunk := os.read(reader, 4096):
+            shown += chunk
+    except OSError:
+        pass  # the other end is closed
+    os.close(reader)
+    text = shown.decode()
+    assert "3 of 100 rows" in text
+    assert "disk>device 2.00 GB/s" in text
+    assert "tokens/s generated" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59, "59 s"), (425, "7 min 05 s"), (11520, "3 h 12 min"), (187200, "2 d 4 h"), (math.inf, "?")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_a_finish_on_another_day_has_its_date() -> None:
+    now = datetime(2026, 1, 1, 23, 0, tzinfo=UTC)
+    assert finish_text(7200, now) == "Fri 02 Jan 01:00"
+    assert finish_text(1800, now) == "23:30"
+
+
+def test_links_that_carry_nothing_are_left_out() -> None:
+    assert traffic_text({"host>device": 0.0, "disk>device": 1.5e9, "device>disk": 2e5}) == (
+        "disk>device 1.50 GB/s, device>disk 0.20 MB/s"
+    )
