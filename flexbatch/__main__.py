@@ -35,19 +35,21 @@ Without a verb it is run; without overrides job=helm_eval model=opt-tiny. For ex
 
 
 def run(arguments: Sequence[str]) -> int:
+    config, overrides = parse(arguments)
+
     from flexbatch import pipeline
     from flexbatch.interrupt import StopSignal
 
-    config, overrides = parse(arguments)
     with StopSignal() as stop:
         pipeline.run(config, stop=stop, overrides=overrides)
     return 0
 
 
 def plan(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments)
+
     from flexbatch import pipeline
 
-    config, _ = parse(arguments)
     pipeline.plan(config)
     return 0
 
