@@ -122,7 +122,7 @@ def _outside(stepped: SteppedModel) -> tuple[OutsideSpec, ...]:
 
 
 def _head_parameters(stepped: SteppedModel) -> int:
-    head = stepped.model.get_output_embeddings()
+    head: nn.Module | None = stepped.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
 
 

@@ -56,8 +56,9 @@ class ModelSpec:
     """Sizes of a model. `parameters` is what `sum(p.numel() for p in model.parameters())` gives, to the unit.
 
     `small_parameters` (norms and projections outside the layers) stay on the device; `head_parameters` multiply a
-    hidden state once for each output row (an embedding only gathers); `dtype_bytes` is the size of a
-    stored parameter; `hidden_size` is the width between layers and `intermediate_size` the widest inner activation.
+    hidden state once for each output row (an embedding only gathers). `stored_dtype` is the checkpoint's number format,
+    `compute_dtype` the one that the maths runs in. `hidden_size` is the width between layers, `intermediate_size` the
+    widest inner activation.
     """
 
     name: str
@@ -70,7 +71,13 @@ class ModelSpec:
     outside: tuple[OutsideSpec, ...]
     small_parameters: int
     head_parameters: int
-    dtype_bytes: int = 2
+    stored_dtype: str = "bfloat16"
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Size of a stored parameter."""
+        return 4 if self.stored_dtype == "float32" else 2
 
     @property
     def layer_parameters(self) -> int:

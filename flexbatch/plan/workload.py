@@ -1,0 +1,147 @@
+"""What a job asks for: how many rows, how long, how much of it shared, and what that means for each pass."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flexbatch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A job's rows. `prompt_lengths` and `new_lengths` (tokens) are samples that stand for all rows.
+
+    `longest_prompt` and `longest_new` bound every row (the KV cache is laid out for them). Where prompts share a
+    prefix, `shared_tokens` of each prompt are its group's and `rows_per_group` rows share one.
+    """
+
+    rows: int
+    prompt_lengths: tuple[int, ...]
+    new_lengths: tuple[int, ...]
+    longest_prompt: int
+    longest_new: int
+    shared_tokens: float = 0.0
+    rows_per_group: float = 1.0
+
+    @staticmethod
+    def uniform(rows: int, prompt: int = 512, new: int = 32, **more: float) -> Workload:
+        """Every row alike."""
+        return Workload(rows, (prompt,), (new,), prompt, new, **more)
+
+    @staticmethod
+    def from_samples(
+        rows: int, prompt_lengths: Sequence[int], longest_new: int, *, new_lengths: Sequence[int] = (), **more: float
+    ) -> Workload:
+        """From prompt lengths of some rows; without `new_lengths` every row generates `longest_new` tokens."""
+        if rows < 1 or not prompt_lengths:
+            raise ConfigError("the dataset has no rows to plan for.", remedy="Check dataset.path and dataset.limit.")
+        lengths = tuple(max(1, length) for length in prompt_lengths)
+        return Workload(rows, lengths, tuple(new_lengths) or (longest_new,), max(lengths), longest_new, **more)
+
+    @property
+    def prompt_tokens(self) -> float:
+        return sum(self.prompt_lengths) / len(self.prompt_lengths)
+
+    @property
+    def own_tokens(self) -> float:
+        """Prompt tokens of a row that are not its group's."""
+        return max(1.0, self.prompt_tokens - self.shared_tokens)
+
+    @property
+    def own_squares(self) -> float:
+        """Mean of own tokens squared: what prefill attention grows with."""
+        own = [max(1.0, length - self.shared_tokens) for length in self.prompt_lengths]
+        return sum(length * length for length in own) / len(own)
+
+    @property
+    def new_tokens(self) -> float:
+        return sum(self.new_lengths) / len(self.new_lengths)
+
+    @property
+    def generated_tokens(self) -> float:
+        return self.rows * self.new_tokens
+
+    def without_sharing(self) -> Workload:
+        return replace(self, shared_tokens=0.0, rows_per_group=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PassLoad:
+    """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed."""
+
+    joining: int
+    decoding: int
+    groups: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How often each kind of pass occurs in a job, and in the first passes until the slots are full (the ramp)."""
+
+    loads: Mapping[PassLoad, float]
+    ramp: Mapping[PassLoad, float]
+
+    @property
+    def passes(self) -> float:
+        return sum(self.loads.values())
+
+
+def schedule(workload: Workload, slots: int, prefill_tokens: float) -> Schedule:
+    """The passes of a job. A long job is simulated at two lengths and continued as the straight line between them."""
+    slots = min(slots, workload.rows)
+    short, long = 4 * slots, 6 * slots
+    if workload.rows <= long:
+        loads, ramp = _simulate(workload, slots, prefill_tokens, workload.rows)
+        return Schedule(loads, ramp)
+    (first, ramp), (second, _) = (_simulate(workload, slots, prefill_tokens, rows) for rows in (short, long))
+    times = (workload.rows - long) / (long - short)
+    loads = {
+        load: count
+        for load in {**first, **second}
+        if (count := second.get(load, 0) + times * (second.get(load, 0) - first.get(load, 0))) > 0
+    }
+    return Schedule(loads, ramp)
+
+
+def joining_limit(workload: Workload, prefill_tokens: float) -> int:
+    """How many prompts of mean length a pass may prefill: as many as the token budget holds, but at least one."""
+    return max(1, int(prefill_tokens / workload.own_tokens + 1e-9))
+
+
+def _simulate(
+    workload: Workload, slots: int, prefill_tokens: float, rows: int
+) -> tuple[dict[PassLoad, float], dict[PassLoad, float]]:
+    limit = joining_limit(workload, prefill_tokens)
+    # Rows take their generated lengths from the sample in turn; leaving[k] rows free their slots k passes from now.
+    leaving: deque[int] = deque([0] * (max(workload.new_lengths) + 1))
+    waiting, live, taken = rows, 0, 0
+    loads: Counter[PassLoad] = Counter()
+    ramp: Counter[PassLoad] = Counter()
+    filling = True
+    while waiting or live:
+        live -= leaving.popleft()
+        leaving.append(0)
+        joining = min(limit, slots - live, waiting)
+        load = PassLoad(joining, live, joining / workload.rows_per_group if workload.shared_tokens else 0.0)
+        if joining or live:
+            loads[load] += 1
+            if filling:
+                ramp[load] += 1
+        for _ in range(joining):
+            new = workload.new_lengths[taken % len(workload.new_lengths)]
+            taken += 1
+            if new > 1:
+                leaving[new - 1] += 1
+                live += 1
+        waiting -= joining
+        filling = filling and live < slots and waiting > 0
+    return dict(loads), dict(ramp)
+
+
+def columns(workload: Workload, slack: int) -> int:
+    """Columns of the KV arena: the longest row that can be, and room between two shifts."""
+    own = workload.longest_prompt - math.floor(workload.shared_tokens)
+    return max(1, own) + workload.longest_new + slack
