@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
-from flexbatch.memory.stream_layout import FileConversion, FileSpan, HostSpan, Job
+from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader, page_ceil
+from flexbatch.memory.stream_layout import FileConversion, FileSpan, HostSpan, Job, Region
 
 
 class Courier:
@@ -73,7 +73,7 @@ class Courier:
             target.copy_(source, non_blocking=True)
         self._delivered()
 
-    def _ordered(self, after: Sequence[torch.cuda.Event]) -> AbstractContextManager[object]:
+    def _ordered(self, after: Sequence[torch.cuda.Event]) -> AbstractContextManager[object]:  # noqa: ARG002
         return nullcontext()
 
     def _delivered(self) -> None:
@@ -87,10 +87,10 @@ class CudaCourier(Courier):
 
     def __init__(self, reader: Reader, ring: torch.Tensor, staging_bytes: int) -> None:
         super().__init__(reader, ring, None, 0)
-        self._pair = [AlignedBuffer(staging_bytes, pinned=True) for _ in range(2 if staging_bytes else 0)]
+        self._pair = [AlignedBuffer(staging_bytes // 2, pinned=True) for _ in range(2 if staging_bytes else 0)]
         self._used: list[torch.cuda.Event | None] = [None] * len(self._pair)
         self._turn = 0
-        self._stream = torch.cuda.Stream(ring.device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(ring.device)  # type: ignore[no-untyped-call]
 
     def carry(self, job: Job, place: int, after: Sequence[torch.cuda.Event]) -> None:
         super().carry(job, place, after)
@@ -98,7 +98,8 @@ class CudaCourier(Courier):
             self.bytes_moved["host>device"] += job.nbytes
 
     def event(self) -> torch.cuda.Event | None:
-        return self._stream.record_event()
+        event: torch.cuda.Event = self._stream.record_event()
+        return event
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -133,3 +134,32 @@ class CopyingCourier(Courier):
     def _delivered(self) -> None:
         if self._ring.device.type == "mps":
             torch.mps.synchronize()
+
+
+def staging_bytes(regions: Sequence[Sequence[Region]], device: torch.device, threads: int, chunk_bytes: int) -> int:
+    """Main memory for the couriers' own buffers: none where every byte can be read straight into the ring."""
+    staged = [
+        job.nbytes
+        for unit in regions
+        for region in unit
+        for job in region.jobs
+        if isinstance(job, FileConversion) or (device.type != "cpu" and not isinstance(job, HostSpan))
+    ]
+    if not staged:
+        return 0
+    one = page_ceil(min(chunk_bytes, max(staged))) + 2 * PAGE
+    return one * threads * (2 if device.type == "cuda" else 1)
+
+
+def staged_on_device(device: torch.device, staging_bytes: int) -> int:
+    """What staging takes from the device's budget: on the CPU device and staging are the same memory."""
+    return staging_bytes if device.type == "cpu" else 0
+
+
+def make_courier(reader: Reader, ring: torch.Tensor, buffer: AlignedBuffer | None, staging_bytes: int) -> Courier:
+    """The courier for the ring's device; `buffer` is the ring itself where it is main memory."""
+    if buffer is not None:
+        return Courier(reader, ring, buffer, staging_bytes)
+    if ring.is_cuda:
+        return CudaCourier(reader, ring, staging_bytes)
+    return CopyingCourier(reader, ring, staging_bytes)

@@ -7,6 +7,7 @@ because a cyclic scan never finds them again. Which is faster depends on disk an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -15,11 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from flexbatch.errors import ConfigError, EngineError
+from flexbatch.errors import CapacityError, ConfigError, EngineError
 
 PAGE = 4096
 """Bytes. Offsets, lengths and addresses of direct reads are multiples of this on every common disk and filesystem."""
@@ -42,18 +43,22 @@ class AlignedBuffer:
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self.nbytes = page_ceil(max(nbytes, 1))
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise CapacityError(
+                f"Main memory has no room for a buffer of {self.nbytes} bytes ({error}).",
+                remedy="Lower offload.prefetch_bytes, or raise the memory limit.",
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                # Large pages make pinning for direct reads cheaper.
+            with contextlib.suppress(OSError):  # a kernel without large pages: slower, not wrong
+                # They make direct reads cheaper, which pin every page that they write to.
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass
         self.bytes = memoryview(self._map)
         self.tensor = torch.frombuffer(self.bytes, dtype=torch.uint8)
         self._pinned = pinned
         if pinned:
-            code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
+            code = _cuda_runtime().cudaHostRegister(self.tensor.data_ptr(), self.nbytes, 0)
             if int(code) != 0:
                 raise EngineError(
                     f"CUDA could not pin a staging buffer of {self.nbytes} bytes (error {int(code)}).",
@@ -71,7 +76,11 @@ class AlignedBuffer:
         """Takes back the pinning; the memory itself goes with the last view. Safe to repeat."""
         if self._pinned:
             self._pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            _cuda_runtime().cudaHostUnregister(self.tensor.data_ptr())
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ def _read_span(descriptor: int, file: Path, offset: int, nbytes: int, needed: in
 def _failed(file: Path, offset: int, nbytes: int, why: str) -> EngineError:
     return EngineError(
         f"Reading {nbytes} bytes at byte {offset} of {file} failed: {why}.",
-        remedy="Check the disk and that nobody changes the model's files, then start the same command again: it goes on.",
+        remedy="Check the disk and that nobody changes the model's files, then start the same command again.",
     )
 
 
@@ -223,7 +232,7 @@ def choose_reader(
     """The reader for these files: the one that `mode` names (`direct`, `buffered`), or the better one (`auto`).
 
     The measurement reads at most 128 MiB and 0.2 s each way. The faster wins; within a tenth, the one that costs less
-    processor time, because reader threads steal from the arithmetic. Too few bytes to measure (under 32 MiB) mean direct.
+    processor time, because reader threads steal from the arithmetic. Under 32 MiB of files mean direct.
     """
     if mode not in ("auto", "direct", "buffered"):
         raise ConfigError(f"offload.reader is {mode!r}.", remedy="Use auto, direct or buffered.")
@@ -237,10 +246,10 @@ def choose_reader(
     if mode == "direct" or len(spans) < 4:
         return DirectReader()
     # Each way gets its own spans, so that neither finds the other's pages in a cache.
-    halves = {DirectReader: spans[0::2], BufferedReader: spans[1::2]}
-    measurements = tuple(_measure(reader(), half, threads) for reader, half in halves.items())
-    direct, buffered = measurements
-    return DirectReader(measurements) if _direct_wins(direct, buffered) else BufferedReader(measurements)
+    direct = _measure(DirectReader(), spans[0::2], threads)
+    buffered = _measure(BufferedReader(), spans[1::2], threads)
+    winner = DirectReader if _direct_wins(direct, buffered) else BufferedReader
+    return winner((direct, buffered))
 
 
 def _direct_wins(direct: ReadMeasurement, buffered: ReadMeasurement) -> bool:

@@ -26,7 +26,7 @@ SMALL_READ = 1 << 20
 
 @dataclass(frozen=True)
 class StreamTensor:
-    """One tensor of a unit: `source` is a place in a file (tier disk) or a contiguous tensor in main memory (tier host).
+    """One tensor of a unit: `source` is a place in a file (tier disk) or a contiguous tensor in main memory (host).
 
     It is delivered in `target_dtype` (None: as stored).
     """
@@ -154,7 +154,7 @@ def item_phase(offset: int) -> int:
 
 
 def unit_regions(unit: StreamUnit, chunk_bytes: int, phase: Phase) -> tuple[Region, ...]:
-    """The regions of one unit: runs of neighbouring tensors of a file, then the tensors that are converted or copied."""
+    """The regions of one unit: runs of neighbouring tensors of a file, then tensors that are converted or copied."""
     entries: list[tuple[StreamTensor, TensorEntry]] = []
     regions: list[Region] = []
     for tensor in unit.tensors:

@@ -16,25 +16,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flexbatch.errors import CapacityError, EngineError, FlexbatchError
-from flexbatch.memory.courier import CopyingCourier, Courier, CudaCourier
-from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader, page_ceil, page_floor
+from flexbatch.memory.courier import make_courier, staged_on_device, staging_bytes
+from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader, page_floor
+from flexbatch.memory.ring_schedule import Lease, LeaseState, RingSchedule, Task
 from flexbatch.memory.stream_layout import (
-    FileConversion,
     HostSpan,
-    Job,
-    PlacedUnit,
     Region,
     StreamTensor,
     StreamUnit,
     item_phase,
     page_phase,
-    placements,
     unit_regions,
 )
 
@@ -57,31 +54,6 @@ class StreamStatistics:
     cpu_seconds: float
     wait_seconds: float
     units_delivered: int
-
-
-@dataclass
-class _Lease:
-    """One turn of a unit on its way into the ring, there, or handed out."""
-
-    placed: PlacedUnit
-    name: str
-    next_region: int = 0
-    jobs_left: int = 0
-    events: dict[int, torch.cuda.Event] = field(default_factory=dict)
-    state: str = "filling"  # then "held", "released"
-    released: torch.cuda.Event | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.next_region == len(self.placed.regions) and self.jobs_left == 0
-
-
-@dataclass(frozen=True)
-class _Task:
-    lease: _Lease
-    job: Job
-    place: int
-    after: tuple[torch.cuda.Event, ...]
 
 
 class WeightStream:
@@ -108,27 +80,25 @@ class WeightStream:
         self._names = tuple(names)
         self._on_event = on_event
         regions = _all_regions(units, device, chunk_bytes)
-        self.staging_bytes = _staging_bytes(regions, device, threads, chunk_bytes)
-        self.ring_bytes = self._admit(regions, budget_bytes - _staged_on(device, self.staging_bytes), device)
+        self.staging_bytes = staging_bytes(regions, device, threads, chunk_bytes)
+        self.ring_bytes = self._admit(regions, budget_bytes - staged_on_device(device, self.staging_bytes), device)
         buffer = AlignedBuffer(self.ring_bytes) if device.type == "cpu" else None
         self._ring = torch.empty(self.ring_bytes, dtype=torch.uint8, device=device) if buffer is None else buffer.tensor
-        self._placements: Iterator[PlacedUnit] = placements(regions, self.ring_bytes)
+        self._schedule = RingSchedule(self._names, regions, self.ring_bytes)
 
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # workers wait for something to carry
         self._ready = threading.Condition(self._lock)  # the caller waits for a unit
-        self._leases: deque[_Lease] = deque()  # in the order of use, until released
-        self._freed: deque[tuple[int, int, torch.cuda.Event]] = deque()  # extents that queued work may still read
-        self._tasks: deque[_Task] = deque()
+        self._tasks: deque[Task] = deque()
         self._active = 0
         self._turn = 0
         self._error: FlexbatchError | None = None
         self._closed = False
-        self._busy: Counter[str] = Counter()
+        self._busy: dict[str, float] = {"read": 0.0, "copy": 0.0}
         self._cpu = [0.0] * threads
         self._waited = 0.0
-        per_thread = self.staging_bytes // threads if device.type != "cuda" else self.staging_bytes // (2 * threads)
-        self._couriers = [_courier(reader, self._ring, buffer, per_thread) for _ in range(threads)]
+        share = self.staging_bytes // threads
+        self._couriers = [make_courier(reader, self._ring, buffer, share) for _ in range(threads)]
         self._threads = _start_single_threaded(self._serve, threads) if any(regions) else []
 
     @staticmethod
@@ -137,7 +107,7 @@ class WeightStream:
     ) -> int:
         """The smallest budget with which these units can be streamed: the largest unit (whole pages) and staging."""
         regions = _all_regions(units, device, chunk_bytes)
-        staging = _staged_on(device, _staging_bytes(regions, device, threads, chunk_bytes))
+        staging = staged_on_device(device, staging_bytes(regions, device, threads, chunk_bytes))
         return max((_footprint(unit) for unit in regions), default=0) + staging
 
     def acquire(self, name: str) -> Mapping[str, torch.Tensor]:
@@ -154,7 +124,7 @@ class WeightStream:
         started = time.perf_counter()
         with self._lock:
             lease = self._await_whole(name)
-            lease.state = "held"
+            lease.state = LeaseState.HELD
             self._turn += 1
         ended = time.perf_counter()
         self._waited += ended - started
@@ -168,14 +138,7 @@ class WeightStream:
         """Gives the unit's memory back. On CUDA, work queued so far on the current stream may still read it."""
         event = torch.cuda.current_stream(self._ring.device).record_event() if self._ring.is_cuda else None
         with self._lock:
-            held = [lease for lease in self._leases if lease.state == "held" and lease.name == name]
-            if not held:
-                raise EngineError(f"The unit {name!r} of the weight stream is released without being held.")
-            held[0].state, held[0].released = "released", event
-            while self._leases and self._leases[0].state == "released":
-                gone = self._leases.popleft()
-                if gone.released is not None:
-                    self._freed.append((gone.placed.start, gone.placed.end, gone.released))
+            self._schedule.release(name, event)
             self._work.notify_all()
 
     def statistics(self) -> StreamStatistics:
@@ -202,7 +165,7 @@ class WeightStream:
         sizes = [_footprint(unit) for unit in regions]
         largest = max(sizes, default=0)
         if available < largest:
-            needed = largest + _staged_on(device, self.staging_bytes)
+            needed = largest + staged_on_device(device, self.staging_bytes)
             raise CapacityError(
                 f"The prefetch budget of {available + needed - largest} bytes is too small for the weights of "
                 f"{self._names[sizes.index(largest)]!r}, which need {needed} bytes at once.",
@@ -210,26 +173,25 @@ class WeightStream:
             )
         return max(PAGE, min(page_floor(available), 2 * sum(sizes)))
 
-    def _await_whole(self, name: str) -> _Lease:
+    def _await_whole(self, name: str) -> Lease:
         """With the lock: waits for the lease of the current turn. Never for something that only the caller can do."""
         while True:
             if self._error is not None:
                 raise self._error
             if self._closed:
                 raise EngineError(f"The weight stream was closed while {name!r} was awaited.")
-            self._open_leases()
-            lease = next((lease for lease in self._leases if lease.state == "filling"), None)
+            lease = self._schedule.next_lease()
             if lease is not None and lease.whole:
                 return lease
-            if not self._active and not self._tasks and not self._can_open():
-                held = [lease.name for lease in self._leases if lease.state == "held"]
+            if not self._active and not self._tasks and not self._schedule.can_open():
                 raise EngineError(
-                    f"{name!r} does not fit into the weight stream's {self.ring_bytes} bytes beside {held}, still held.",
+                    f"{name!r} does not fit into the weight stream's {self.ring_bytes} bytes "
+                    f"beside what is not released: {self._schedule.held()}.",
                     remedy="Release units before acquiring more, or raise offload.prefetch_bytes.",
                 )
             self._ready.wait()
 
-    def _views(self, lease: _Lease) -> dict[str, torch.Tensor]:
+    def _views(self, lease: Lease) -> dict[str, torch.Tensor]:
         views = {}
         for region, position in zip(lease.placed.regions, lease.placed.positions, strict=True):
             base = position % self.ring_bytes
@@ -252,7 +214,7 @@ class WeightStream:
                 kind = "copy" if isinstance(task.job, HostSpan) else "read"
                 if self._on_event is not None:
                     self._on_event(kind, task.lease.name, started, ended, task.job.nbytes)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (whatever it is, the caller must hear of it)
                 self._fail(task, error)
                 return
             with self._lock:
@@ -264,17 +226,20 @@ class WeightStream:
                     task.lease.events[number] = event
                 self._ready.notify_all()
 
-    def _next_task(self) -> _Task | None:
+    def _next_task(self) -> Task | None:
         with self._lock:
             while not self._closed and self._error is None:
-                if self._tasks or self._open_region():
+                if not self._tasks and (opened := self._schedule.open_region()):
+                    self._tasks.extend(opened)
+                    self._work.notify_all()
+                if self._tasks:
                     self._active += 1
                     return self._tasks.popleft()
                 self._ready.notify_all()
                 self._work.wait()
             return None
 
-    def _fail(self, task: _Task, error: BaseException) -> None:
+    def _fail(self, task: Task, error: BaseException) -> None:
         if not isinstance(error, FlexbatchError):
             job = task.job
             where = "main memory" if isinstance(job, HostSpan) else f"byte {job.offset} of {job.file}"
@@ -288,46 +253,6 @@ class WeightStream:
             self._error = self._error or failure
             self._work.notify_all()
             self._ready.notify_all()
-
-    def _open_leases(self) -> None:
-        """With the lock: keeps a lease that is still being filled at the end of the queue; at most one pass ahead."""
-        while self._names and len(self._leases) <= len(self._names):
-            if self._leases and self._leases[-1].next_region < len(self._leases[-1].placed.regions):
-                return
-            placed = next(self._placements)
-            self._leases.append(_Lease(placed, self._names[placed.index]))
-
-    def _can_open(self) -> bool:
-        """With the lock: whether the next region's place in the ring is free."""
-        self._open_leases()
-        if not self._leases:
-            return False
-        lease = self._leases[-1]
-        if lease.next_region == len(lease.placed.regions):
-            return False
-        region, position = lease.placed.regions[lease.next_region], lease.placed.positions[lease.next_region]
-        return position + region.nbytes <= self._leases[0].placed.start + self.ring_bytes
-
-    def _open_region(self) -> bool:
-        """With the lock: turns the next region into tasks, if its place is free and it has any."""
-        while self._can_open():
-            lease = self._leases[-1]
-            region, position = lease.placed.regions[lease.next_region], lease.placed.positions[lease.next_region]
-            lease.next_region += 1
-            lease.jobs_left += len(region.jobs)
-            after = self._readers_of(position - self.ring_bytes, position + region.nbytes - self.ring_bytes)
-            base = position % self.ring_bytes
-            self._tasks.extend(_Task(lease, job, base + job.at, after) for job in region.jobs)
-            if self._tasks:
-                self._work.notify_all()
-                return True
-        return False
-
-    def _readers_of(self, start: int, end: int) -> tuple[torch.cuda.Event, ...]:
-        """Events of released units that lay between two positions: queued work may still read that memory."""
-        while self._freed and self._freed[0][1] <= start:
-            self._freed.popleft()
-        return tuple(event for first, last, event in self._freed if first < end and last > start)
 
 
 def _all_regions(units: Sequence[StreamUnit], device: torch.device, chunk_bytes: int) -> list[tuple[Region, ...]]:
@@ -346,44 +271,17 @@ def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return nbytes
 
 
-def _staging_bytes(regions: Sequence[Sequence[Region]], device: torch.device, threads: int, chunk_bytes: int) -> int:
-    """Main memory for the couriers' own buffers: none where every byte can be read straight into the ring."""
-    staged = [
-        job.nbytes
-        for unit in regions
-        for region in unit
-        for job in region.jobs
-        if isinstance(job, FileConversion) or (device.type != "cpu" and not isinstance(job, HostSpan))
-    ]
-    if not staged:
-        return 0
-    one = page_ceil(min(chunk_bytes, max(staged))) + 2 * PAGE
-    return one * threads * (2 if device.type == "cuda" else 1)
-
-
-def _staged_on(device: torch.device, staging_bytes: int) -> int:
-    """What staging takes from the device's budget: on the CPU device and staging are the same memory."""
-    return staging_bytes if device.type == "cpu" else 0
-
-
-def _courier(reader: Reader, ring: torch.Tensor, buffer: AlignedBuffer | None, staging_bytes: int) -> Courier:
-    if buffer is not None:
-        return Courier(reader, ring, buffer, staging_bytes)
-    if ring.is_cuda:
-        return CudaCourier(reader, ring, staging_bytes)
-    return CopyingCourier(reader, ring, staging_bytes)
-
-
 def _start_single_threaded(work: Callable[[int], None], count: int) -> list[threading.Thread]:
     """Starts workers whose torch copies and conversions use no thread pool of their own: it would fight the arithmetic.
 
-    `torch.set_num_threads` acts on the calling thread's pool and on threads that come to torch later, so the caller's
-    own setting is put back at the end.
+    `torch.set_num_threads` acts on the calling thread's pool and on threads that come to torch later (a thread's first
+    use takes over the last value set, hence the two calls), so the caller's own setting is put back at the end.
     """
     own = torch.get_num_threads()
     settled = threading.Barrier(count + 1)
 
     def serve(number: int) -> None:
+        torch.get_num_threads()
         torch.set_num_threads(1)
         settled.wait()
         work(number)
