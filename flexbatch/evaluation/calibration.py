@@ -7,6 +7,8 @@ are stated here with numpy and scikit-learn, and tested against it.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,7 +50,7 @@ def expected_calibration_error(confidence: Floats, correct: Ints, edges: Floats)
 def equal_mass_edges(confidence: Floats, bins: int) -> Floats:
     """Edges half-way between neighbours, so that each bin holds about as many instances; equal edges become one."""
     groups = np.array_split(np.sort(confidence), min(bins, len(confidence)))
-    middles = [(left[-1] + right[0]) / 2.0 for left, right in zip(groups, groups[1:], strict=False)]
+    middles = [(left[-1] + right[0]) / 2.0 for left, right in pairwise(groups)]
     return np.unique([*middles, 1.0])
 
 

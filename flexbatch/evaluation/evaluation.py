@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from flexbatch.config import JobConfig
 from flexbatch.errors import ConfigError, DataError
-from flexbatch.evaluation.adapter import Draft, Query, draft, draw_shots, queries, shot_texts
+from flexbatch.evaluation.adapter import GENERATION, Query, draft, draw_shots, queries, shot_texts
 from flexbatch.evaluation.fitting import Fitted, Limits, Tokenizer, encode, fit_all, shared_prefix
 from flexbatch.evaluation.metrics import TextMetric, load_metric
 from flexbatch.evaluation.scenarios import Scenario, load_scenario, plain
@@ -87,7 +87,9 @@ class Evaluation:
         ]
         return summarize(scored)
 
-    def instance_scores(self, rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> dict[str, list[InstanceScore]]:
+    def instance_scores(
+        self, rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer
+    ) -> dict[str, list[InstanceScore]]:
         """What `score` averages: for each scenario, the statistics of each trial and instance."""
         return {
             scenario.name: score_scenario(scenario, selected, self.metrics, tokenizer)
@@ -104,7 +106,8 @@ class Evaluation:
                 )
             sorted_rows[row["scenario"]].append(row)
         return [
-            (scenario, sorted(sorted_rows[scenario.name], key=lambda row: int(row["row"]))) for scenario in self.scenarios
+            (scenario, sorted(sorted_rows[scenario.name], key=lambda row: int(row["row"])))
+            for scenario in self.scenarios
         ]
 
 
@@ -163,9 +166,7 @@ def _count(scenario: Scenario) -> int:
     return each * scenario.spec.num_train_trials * scenario.spec.completions
 
 
-def _scored_tokens(
-    scenario: Scenario, tokenizer: Tokenizer, query: Query, prompt: Fitted, special_tokens: bool
-) -> int:
+def _scored_tokens(scenario: Scenario, tokenizer: Tokenizer, query: Query, prompt: Fitted, special_tokens: bool) -> int:
     """Tokens at the prompt's end that belong to the reference: those that the prompt without it does not have."""
     if query.reference_index < 0 or prompt.truncated:
         return 0
@@ -199,7 +200,7 @@ def _placed(item: _Draftling, shard: str, place: int) -> Prompt:
         max_new_tokens=0 if spec.scores_references else spec.max_tokens,
         temperature=0.0 if spec.scores_references else spec.temperature,
         seed=_row_seed(item.seed, name),
-        stop=() if spec.scores_references else spec.stop_sequences,
+        stop=spec.stop_sequences if spec.method == GENERATION else (),  # HELM stops no other method
         logprobs=True,
     )
     error = ""
@@ -230,6 +231,3 @@ def _row_seed(seed: int, name: str) -> int:
     """31 bits that depend on nothing but the job's seed and the row's id."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-__all__ = ["COLUMNS", "Draft", "Evaluation", "Limits", "Tokenizer", "build_evaluation", "prompt_room", "special_count"]

@@ -49,7 +49,7 @@ def quasi_prefix_exact_match(reference: str, prediction: str) -> float:
 
 def exact_match_indicator(reference: str, prediction: str) -> float:
     """The last words are the same."""
-    return exact_match(reference.split(" ")[-1].strip(), prediction.split(" ")[-1].strip())
+    return exact_match(reference.rsplit(" ", maxsplit=1)[-1].strip(), prediction.rsplit(" ", maxsplit=1)[-1].strip())
 
 
 def final_number_exact_match(reference: str, prediction: str) -> float:
@@ -81,7 +81,7 @@ def _stated_set(text: str) -> set[str]:
 
 
 def _sets(reference: str, prediction: str) -> tuple[set[str], set[str]]:
-    return _stated_set(reference), _stated_set(prediction.split("\n")[0])
+    return _stated_set(reference), _stated_set(prediction.split("\n", maxsplit=1)[0])
 
 
 def exact_set_match(reference: str, prediction: str) -> float:

@@ -1,12 +1,12 @@
 """A scenario as `conf/` describes it: data, adapter, metrics. Everything that can be wrong is said here, first.
 
-    name:
-      data: {kind: shards, path: FILE}    or just a path; see `sources.LOADERS` for the other kinds
-      adapter: {method: generation, ...}  keys of `adapter.AdapterSpec`
-      metrics: [exact_match, f1_score]    `NAME@k`: best of the k likeliest completions
-      main_metric: exact_match            the one in the printed table's first line; default: the first
-      prompt_tokens: 1984                 longest prompt without special tokens; default: the job's
-      run_name: "..."                     the name in HELM's files; default: the scenario's name
+name:
+  data: {kind: shards, path: FILE}    or just a path; see `sources.LOADERS` for the other kinds
+  adapter: {method: generation, ...}  keys of `adapter.AdapterSpec`
+  metrics: [exact_match, f1_score]    `NAME@k`: best of the k likeliest completions
+  main_metric: exact_match            the one in the printed table's first line; default: the first
+  prompt_tokens: 1984                 longest prompt without special tokens; default: the job's
+  run_name: "..."                     the name in HELM's files; default: the scenario's name
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _adapter(options: dict[str, Any], trials: int, where: str) -> AdapterSpec:
         if key in values:
             values[key] = _strings(values[key], f"{where}.{key}")
     if "substitutions" in values:
-        values["substitutions"] = tuple(_substitution(pair, f"{where}.substitutions") for pair in values["substitutions"])
+        values["substitutions"] = tuple(
+            _substitution(pair, f"{where}.substitutions") for pair in values["substitutions"]
+        )
     values.setdefault("num_outputs", 1)
     values.setdefault("temperature", 0.0)
     values.setdefault("num_train_trials", trials)
@@ -115,6 +117,7 @@ def _adapter(options: dict[str, Any], trials: int, where: str) -> AdapterSpec:
         if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ConfigError(f"{where}.{key} is {value!r}", remedy=f"Give a value of type {expected[-1].__name__}.")
     spec = AdapterSpec(**values)
+    _regular_expression(spec.output_mapping_pattern, f"{where}.output_mapping_pattern")
     _check_adapter(spec, where)
     return spec
 
@@ -127,12 +130,17 @@ def _strings(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _substitution(pair: Any, where: str) -> tuple[str, str]:
-    pattern, replacement = (pair.get("source"), pair.get("target")) if isinstance(pair, dict) else pair
+    if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("source", "target")):
+        raise ConfigError(f"{where} has {pair!r}", remedy="Give {source: REGULAR_EXPRESSION, target: TEXT} for each.")
+    return _regular_expression(pair["source"], where), pair["target"]
+
+
+def _regular_expression(pattern: str, where: str) -> str:
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error})") from error
-    return pattern, replacement
+    return pattern
 
 
 def _natural(value: Any, where: str) -> int:
@@ -160,12 +168,20 @@ def _check_adapter(spec: AdapterSpec, where: str) -> None:
     if unknown or not spec.eval_splits:
         raise ConfigError(f"{where}.eval_splits is {list(spec.eval_splits)}", remedy="Choose from valid and test.")
     if spec.scores_references:
-        if spec.output_suffix:
-            raise ConfigError(
-                f"{where}.output_suffix is {spec.output_suffix!r}: with {spec.method} the prompt ends with the reference",
-                remedy='Set output_suffix: "" and put what separates examples into instance_prefix.',
-            )
-        return
+        _check_scored(spec, where)
+    else:
+        _check_generated(spec, where)
+
+
+def _check_scored(spec: AdapterSpec, where: str) -> None:
+    if spec.output_suffix:
+        raise ConfigError(
+            f"{where}.output_suffix is {spec.output_suffix!r}: {spec.method} ends the prompt with the reference",
+            remedy='Set output_suffix: "" and put what separates examples into instance_prefix.',
+        )
+
+
+def _check_generated(spec: AdapterSpec, where: str) -> None:
     if spec.max_tokens < 1:
         raise ConfigError(f"{where}.max_tokens is {spec.max_tokens}", remedy=f"{spec.method} needs at least 1.")
     if spec.completions > 1 and spec.temperature == 0:
@@ -195,11 +211,13 @@ def _check_metric(name: str, spec: AdapterSpec, where: str) -> None:
         raise ConfigError(f"{where}: there is no metric {base!r}", remedy=f"{hint}Known: {', '.join(TEXT_METRICS)}.")
     if "@" in name and not (best_of.isdigit() and 1 <= int(best_of) <= spec.num_outputs):
         raise ConfigError(
-            f"{where}: {name} asks for the best of {best_of or 'nothing'}, and adapter.num_outputs is {spec.num_outputs}",
+            f"{where}: {name} asks for the best of {best_of or '?'}, and adapter.num_outputs is {spec.num_outputs}",
             remedy="k is a number from 1 to num_outputs; raise num_outputs or lower k.",
         )
     if spec.scores_references and name != "exact_match":
-        raise ConfigError(f"{where}: {name} does not fit {spec.method}, which writes no text", remedy="Use exact_match.")
+        raise ConfigError(
+            f"{where}: {name} does not fit {spec.method}, which writes no text", remedy="Use exact_match."
+        )
     if spec.method == JOINT and base in _NOT_FOR_CHOICES:
         raise ConfigError(f"{where}: {name} does not fit {JOINT}, whose answer is a letter", remedy="Use exact_match.")
 
@@ -242,7 +260,7 @@ def _check_instances(spec: AdapterSpec, metrics: Sequence[str], evaluated: Seque
         if single:
             raise DataError(
                 f"{where}.data: {single[0]} has one reference, and {spec.method} needs the wrong choices as well",
-                remedy="List all choices as references and say in 'correct' which are right, or use method: generation.",
+                remedy="List all choices as references, with 'correct' for the right ones, or use method: generation.",
             )
     if any(metric.partition("@")[0] in SET_METRICS for metric in metrics):
         for instance in evaluated:

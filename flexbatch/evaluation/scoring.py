@@ -7,6 +7,7 @@ the request statistics are their mean. Rows that ended in an error count as empt
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def _score_instance(scenario: Scenario, answers: list[Answer], metrics: Mapping[
     expected = _expected_requests(spec, len(first.references))
     if len(answers) != expected:
         raise DataError(
-            f"{scenario.name}: instance {first.instance} of trial {first.trial} has {len(answers)} rows, not {expected}",
+            f"{scenario.name}: instance {first.instance} in trial {first.trial} has {len(answers)} of {expected} rows",
             remedy="The output is not complete: run the job again with the same command to finish it.",
         )
     if spec.scores_references:
@@ -97,8 +98,6 @@ def _mapped(spec: AdapterSpec, prediction: str) -> str:
     """What the pattern finds in the completion: its first group, or all of it."""
     if not spec.output_mapping_pattern:
         return prediction
-    import re
-
     match = re.search(spec.output_mapping_pattern, prediction)
     return "" if match is None else match.group(1 if match.groups() else 0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import string
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +30,8 @@ Options = Mapping[str, Any]
 
 def _from_shards(options: Options, where: str) -> list[Instance]:
     """Arrow, Parquet, JSONL, CSV: columns input, references, and, if there, correct, split and id."""
-    names = {name: name for name in ("id", "split", "input", "references", "correct")} | dict(options.get("columns") or {})
+    names = {name: name for name in ("id", "split", "input", "references", "correct")}
+    names |= options.get("columns") or {}
     dataset = DatasetConfig(path=options["path"], format=options.get("format", "auto"))
     instances = []
     for row in read_rows(dataset):
@@ -61,7 +63,7 @@ def _row_references(texts: Any, correct: Any, place: str) -> tuple[Reference, ..
 def _from_mmlu(options: Options, where: str) -> list[Instance]:
     """`PATH/{dev,val,test}/SUBJECT_{dev,val,test}.csv`; dev gives the shots. See `_mmlu_rows` for the columns."""
     subject, folder = options["subject"], Path(options["path"])
-    instances = []
+    instances: list[Instance] = []
     for part, split in (("auxiliary_train", TRAIN), ("dev", TRAIN), ("val", VALID), ("test", TEST)):
         file = folder / part / f"{subject}_{part}.csv"
         if file.exists():
@@ -69,7 +71,7 @@ def _from_mmlu(options: Options, where: str) -> list[Instance]:
     if not instances:
         raise DataError(
             f"{where}: no file {folder}/test/{subject}_test.csv",
-            remedy="data.path is the folder that holds dev/ and test/; data.subject is the file's name up to _test.csv.",
+            remedy="data.path is the folder with dev/ and test/ in it; data.subject is the file's name up to _test.csv.",
         )
     return instances
 
@@ -87,7 +89,7 @@ def _mmlu_rows(file: Path, split: str) -> Iterator[Instance]:
             if len(cells) < 4:
                 raise DataError(f"{file}, record {number}: {len(cells)} cells", remedy="Question, choices, answer.")
             question, choices, answer = cells[0], cells[1:-1], cells[-1].strip()
-            index = int(answer) if answer.isdigit() else ord(answer.upper() or "?") - ord("A") if len(answer) == 1 else -1
+            index = int(answer) if answer.isdigit() else string.ascii_uppercase.find(answer.upper() or "?")
             if not 0 <= index < len(choices):
                 raise DataError(
                     f"{file}, record {number}: the answer is {answer!r} and there are {len(choices)} choices",
@@ -104,11 +106,13 @@ def _from_wikifact(options: Options, where: str) -> list[Instance]:
     for file, split in (("train.jsonl", TRAIN), ("dev.jsonl", VALID), ("test.jsonl", TEST)):
         for record in _json_lines(Path(options["path"]) / file, ("property", "template", "result_names"), where):
             if record["property"] == wanted:
-                names = [name for group in record["result_names"] for name in ([group] if isinstance(group, str) else group)]
-                references = tuple(Reference(name.strip()) for name in names)
+                groups = ([names] if isinstance(names, str) else names for names in record["result_names"])
+                references = tuple(Reference(name.strip()) for group in groups for name in group)
                 instances.append(Instance(record["template"], references, split))
     if not instances:
-        raise DataError(f"{where}: no line has the property {wanted}", remedy="data.property is a Wikidata id, such as P31.")
+        raise DataError(
+            f"{where}: no line has the property {wanted}", remedy="data.property is a Wikidata id, such as P31."
+        )
     return instances
 
 
@@ -137,13 +141,17 @@ def _poor_example(article: str, words: int, summary_words: int) -> bool:
 
 def _json_lines(file: Path, keys: tuple[str, ...], where: str) -> Iterator[dict[str, Any]]:
     if not file.exists():
-        raise DataError(f"{where}: {file} does not exist", remedy=f"The folder needs {file.name} with {', '.join(keys)}.")
+        raise DataError(
+            f"{where}: {file} does not exist", remedy=f"The folder needs {file.name} with {', '.join(keys)}."
+        )
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error})", remedy="One JSON object in each line.") from error
+                raise DataError(
+                    f"{file}, line {number}: not JSON ({error})", remedy="Write one JSON object in each line."
+                ) from error
             missing = [key for key in keys if key not in record]
             if missing:
                 raise DataError(f"{file}, line {number}: no {', '.join(missing)}", remedy=f"Needed: {', '.join(keys)}.")

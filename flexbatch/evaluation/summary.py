@@ -146,9 +146,7 @@ def _mean_over_trials(scores: Sequence[InstanceScore]) -> dict[str, float]:
     trials = sorted({score.trial for score in scores})
     derived = [derived_statistics([score for score in scores if score.trial == trial]) for trial in trials]
     names = dict.fromkeys(name for statistics in derived for name in statistics)
-    return {
-        name: float(np.mean([statistics[name] for statistics in derived if name in statistics])) for name in names
-    }
+    return {name: float(np.mean([statistics[name] for statistics in derived if name in statistics])) for name in names}
 
 
 def derived_statistics(scores: Sequence[InstanceScore]) -> dict[str, float]:
