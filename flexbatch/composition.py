@@ -22,6 +22,9 @@ from flexbatch.overrides import GROUPS, convert, doc, find_key, keys, near_miss,
 from flexbatch.validation import check
 
 PACKAGE = Path(__file__).resolve().parent
+ALTERNATIVES = (("prompt.template", "prompt.template_file"), ("job.schema", "job.regex", "job.choices"))
+# What a ready-made job says about the columns of its sample shards; it does not hold for data of the user's own.
+SAMPLE_COLUMNS = ("dataset.id_column", "dataset.split", "output.columns", "job.gold", "job.reference")
 
 
 def bundled(name: str) -> Path:
@@ -88,27 +91,29 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
     keyed = [(name, find_key(name), text) for name, text in pairs if name not in GROUPS]
     values = [(name, key, convert(key, text)) for name, key, text in keyed]
     node = compose_groups(choices, config_dir)
+    forget_what_is_replaced(node, {name for name, _ in pairs})
     for name, key, value in values:
         if not key.rules.get("verbatim"):
-            OmegaConf.update(node, name, value, force_add=bool(key.subkey) or isinstance(value, dict))
+            added = bool(key.subkey) or isinstance(value, dict)
+            OmegaConf.update(node, name, value, merge=False, force_add=added)
     config = resolved(node)
     for _, key, value in values:
         if key.rules.get("verbatim"):
             group, field = key.name.split(".", 1)
             setattr(getattr(config, group), field, value)
-    forget_alternatives(config, {name for name, _ in pairs})
     check(config)
     return config
 
 
-def forget_alternatives(config: Config, named: set[str]) -> None:
-    """Whoever names one of several alternatives on the command line does not mean the one that the job's file has."""
-    for group, fields in (("prompt", ("template", "template_file")), ("job", ("schema", "regex", "choices"))):
-        if any(f"{group}.{field}" in named for field in fields):
-            options = getattr(config, group)
-            for field in fields:
-                if f"{group}.{field}" not in named:
-                    setattr(options, field, getattr(type(options)(), field))
+def forget_what_is_replaced(node: Any, named: set[str]) -> None:
+    """Whoever names an alternative, or data in place of a job's sample shards, does not mean what the job has there."""
+    forgotten = [name for names in ALTERNATIVES if named & set(names) for name in names]
+    if "dataset.path" in named and str(node.dataset.path).startswith(str(bundled("jobs"))):
+        forgotten += SAMPLE_COLUMNS
+    defaults = Config()
+    for name in forgotten:
+        group, field = name.split(".")
+        OmegaConf.update(node, name, getattr(getattr(defaults, group), field), merge=False, force_add=True)
 
 
 def resolved(node: Any) -> Config:

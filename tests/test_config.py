@@ -9,9 +9,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from flexbatch.composition import as_yaml, bundled, group_options, load_config, save_config
-from flexbatch.config import Config, parse_bytes
+from flexbatch.config import Config, ModelConfig, parse_bytes
 from flexbatch.errors import ConfigError
 from flexbatch.overrides import convert, find_key, keys
 from flexbatch.validation import check
@@ -182,6 +183,38 @@ def test_a_template_file_takes_the_place_of_the_jobs_template(config_dir: Path) 
     config = load(config_dir, "prompt.template_file=y.j2")
     assert config.prompt.template_file == "y.j2"
     assert config.prompt.template != "Say {{ text }}"
+
+
+def test_a_ready_made_job_on_other_data_forgets_the_columns_of_its_sample() -> None:
+    config = load_config(["job=extract", "model=opt-125m", "dataset.path=mine.jsonl", "job.gold.total=Total"])
+    assert config.dataset.id_column == ""
+    assert config.output.columns == []
+    assert config.job.gold == {"total": "Total"}
+    assert load_config(["job=extract", "model=opt-125m"]).dataset.id_column == "id"
+    kept = load_config(["job=extract", "model=opt-125m", "dataset.path=mine.jsonl", "output.columns=[total]"])
+    assert kept.output.columns == ["total"]
+
+
+def test_a_job_of_the_users_own_keeps_its_columns_on_other_data(config_dir: Path) -> None:
+    (config_dir / "job" / "carrying.yaml").write_text(
+        "# @package _global_\njob: {name: carrying, kind: generate}\noutput: {columns: [title]}\n"
+    )
+    config = load_config(["job=carrying", "model=mine", "dataset.path=other.csv"], config_dir)
+    assert config.output.columns == ["title"]
+
+
+@pytest.mark.parametrize("job", group_options("job", [bundled("conf")]))
+def test_every_ready_made_job_composes_and_passes_the_checks(job: str) -> None:
+    assert load_config([f"job={job}", "model=opt-125m"]).job.name == job
+
+
+@pytest.mark.parametrize("model", group_options("model", [bundled("conf")]))
+def test_every_model_file_has_the_name_of_its_file_and_only_known_keys(model: str) -> None:
+    known = OmegaConf.structured(ModelConfig)
+    merged = OmegaConf.merge(known, OmegaConf.load(bundled("conf") / "model" / f"{model}.yaml"))
+    if model != "hf":
+        assert merged.name == model
+        assert merged.path
 
 
 def test_a_wrong_key_in_a_config_file_is_named(config_dir: Path) -> None:
