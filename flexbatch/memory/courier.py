@@ -18,7 +18,7 @@ from flexbatch.memory.stream_layout import FileConversion, FileSpan, HostSpan, J
 
 
 class Courier:
-    """Carries jobs to a ring in main memory. `bytes_moved` counts by link."""
+    """Carries jobs to a ring in main memory. `bytes_moved` counts by link; `ring` is bytes (uint8)."""
 
     link_from_disk = "disk>device"
 
@@ -27,7 +27,7 @@ class Courier:
     ) -> None:
         self.bytes_moved: Counter[str] = Counter()
         self._reader = reader
-        self._ring = ring
+        self.ring = ring
         self._ring_buffer = ring_buffer
         self._staging_bytes = staging_bytes
         self._staging = AlignedBuffer(staging_bytes) if staging_bytes else None
@@ -69,7 +69,7 @@ class Courier:
 
     def _deliver(self, source: torch.Tensor, place: int, dtype: torch.dtype, after: Sequence[torch.cuda.Event]) -> None:
         with self._ordered(after):
-            target = self._ring[place : place + source.numel() * dtype.itemsize].view(dtype)
+            target = self.ring[place : place + source.numel() * dtype.itemsize].view(dtype)
             target.copy_(source, non_blocking=True)
         self._delivered()
 
@@ -132,7 +132,7 @@ class CopyingCourier(Courier):
         super().__init__(reader, ring, None, staging_bytes)
 
     def _delivered(self) -> None:
-        if self._ring.device.type == "mps":
+        if self.ring.device.type == "mps":
             torch.mps.synchronize()
 
 
