@@ -53,8 +53,8 @@ def prefill(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = (tensor.to(device) for tensor in (ids, mask, positions))
-    return _call(stepped, *inputs, arena.prefill_cache(slots), logits_to_keep)
+    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
+    return _call(stepped, ids, mask, positions, arena.prefill_cache(slots), logits_to_keep)
 
 
 def _call(

@@ -41,10 +41,10 @@ class ParameterSource:
             return tensors[self.entries[0].name]
         converter = deepcopy(self.converter)
         for entry, pattern in zip(self.entries, self.patterns, strict=True):
-            converter.add_tensor(self.name, entry.name, pattern, tensors[entry.name])
+            converter.add_tensor(self.name, entry.name, pattern, tensors[entry.name])  # type: ignore[arg-type]
         made: dict[str, Any] = converter.convert(self.name, model=model, config=model.config)
-        value = made[self.name]
-        return value[0] if isinstance(value, list) else value
+        value: torch.Tensor = made[self.name][0] if isinstance(made[self.name], list) else made[self.name]
+        return value
 
     @property
     def nbytes(self) -> int:

@@ -232,7 +232,7 @@ class Engine:
         this.grown += rows
 
     def _forbidden(self, row: GrowingRow, vocabulary_size: int) -> torch.Tensor | None:
-        """bool `[vocabulary]` of tokens that may not come next, or None: the minimum length, and the row's constraint."""
+        """bool `[vocabulary]`, true for tokens that may not come next (minimum length, constraint), or None."""
         forbidden = None
         if row.constraint is not None:
             forbidden = ~row.constraint.allowed()
@@ -265,7 +265,7 @@ def _keeps_growing(row: GrowingRow) -> bool:
 
 
 def _score(request: Request, logits: torch.Tensor) -> Completion:
-    """The last `score_tokens` prompt tokens under the model. `logits` float32 `[kept, vocabulary]`, the last for nothing."""
+    """The last `score_tokens` prompt tokens under the model. `logits` float32 `[kept, vocabulary]`; the last is unused."""
     count = request.score_tokens
     targets = torch.tensor(request.prompt_ids[-count:], device=logits.device)
     before = logits[-count - 1 : -1]

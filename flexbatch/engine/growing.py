@@ -20,7 +20,7 @@ class ConstraintState(Protocol):
     """Where one row stands in its constraint (a JSON schema, a regular expression, a choice of strings)."""
 
     def allowed(self) -> torch.Tensor:
-        """bool `[vocabulary]`: the tokens that may come next. An end-of-sequence token is among them when all is said."""
+        """bool `[vocabulary]`: the tokens that may come next; an end-of-sequence token is one when all is said."""
         ...
 
     def advance(self, token: int) -> None: ...

@@ -1,8 +1,8 @@
 """The KV cache of all rows in flight: for each layer an arena of slots by columns, cut into tiers by slot.
 
-All live rows end at the same column `end`, so the decode batch is an ordinary left-padded batch at any moment; a joining
-prompt writes its keys and values into the columns up to `end`. When the columns run out, the arena is shifted to the
-left by what no live row needs any more.
+All live rows end at the same column `end`, so the decode batch is an ordinary left-padded batch at any moment; a
+joining prompt writes its keys and values into the columns up to `end`. When the columns run out, the arena is shifted
+to the left by what no live row needs any more.
 
 Layout of one segment: `[slots, heads, columns, head_dim]`. Everything starts as zeros, because a masked position still
 multiplies its value by a weight of zero, which must not meet a NaN.
@@ -131,23 +131,23 @@ class KVArena:
         return Cache(layers=[PrefillLayer(layer, slots, self.end) for layer in self.layers])
 
 
-class _ArenaLayer(CacheLayerMixin):
+class _ArenaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """What both kinds share: they are views of the arena, so there is nothing to initialise."""
 
     is_sliding = False
 
     def __init__(self, store: LayerStore, end: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.store, self.end, self.is_initialized = store, end, True
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:  # noqa: ARG002 - Transformers' signature
         self.is_initialized = True
 
     def get_max_length(self) -> int:
         return self.store.columns
 
 
-class DecodeLayer(_ArenaLayer):
+class DecodeLayer(_ArenaLayer):  # type: ignore[no-untyped-call]
     """One token for every slot of the decode batch: written at column `end`, attending from column `first` on."""
 
     def __init__(self, store: LayerStore, rows: int, first: int, end: int) -> None:
@@ -155,7 +155,11 @@ class DecodeLayer(_ArenaLayer):
         self.rows, self.first = rows, first
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *_args: Any,
+        **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.store.write_column(self.end, key_states, value_states)
         return self.store.read(self.rows, self.first, self.end, key_states.device)
@@ -167,7 +171,7 @@ class DecodeLayer(_ArenaLayer):
         return self.end - self.first
 
 
-class PrefillLayer(_ArenaLayer):
+class PrefillLayer(_ArenaLayer):  # type: ignore[no-untyped-call]
     """Joining prompts: attention sees their own keys and values, which are also written into the arena."""
 
     def __init__(self, store: LayerStore, slots: Sequence[int], end: int) -> None:
@@ -175,7 +179,11 @@ class PrefillLayer(_ArenaLayer):
         self.slots = slots
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *_args: Any,
+        **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.slots:
             self.store.prepare(key_states, value_states)

@@ -58,7 +58,9 @@ def install_stops(stepped: SteppedModel, parked: Parked | None) -> None:
 def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) -> Callable[..., Any]:
     def stopped(*args: Any, **kwargs: Any) -> Any:
         restore = parked(args[0] if args else kwargs["hidden_states"]) if parked is not None else None
-        getcurrent().parent.switch(stop)
+        walker = getcurrent().parent
+        assert walker is not None, "a stop was met outside a walk"
+        walker.switch(stop)
         if restore is not None:
             restore()
         return forward(*args, **kwargs)

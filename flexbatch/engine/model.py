@@ -63,7 +63,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = 
     if attention is not None:
         options["attn_implementation"] = attention
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
     model.tie_weights()
     model.eval()
     layers = decoder_layers(model)
@@ -84,7 +84,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
         near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
         raise ModelError(
             f"model type {kind!r} is not a causal language model of the installed Transformers.",
-            remedy=f"Nearest supported types: {', '.join(near) or 'opt, llama, gpt2'}. A newer Transformers may know it.",
+            remedy=f"Nearest known types: {', '.join(near) or 'opt, llama, gpt2'}. A newer Transformers may know it.",
         )
 
 

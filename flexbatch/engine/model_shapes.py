@@ -97,10 +97,8 @@ def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size:
     # Experts are stored as one stack of matrices; a token is multiplied with the chosen ones only.
     idle = sum(parameter.numel() - parameter.numel() * chosen // parameter.shape[0] for parameter in experts)
     return LayerSpec(
-        parameters=sum(parameter.numel() for parameter in parameters),
-        matrix_parameters=sum(parameter.numel() for parameter in matrices),
+        tensors=tuple((parameter.numel(), parameter.ndim >= 2) for parameter in parameters),
         active_parameters=sum(parameter.numel() for parameter in matrices) - idle,
-        largest_tensor=max(parameter.numel() for parameter in parameters),
         query_size=query_size,
         kv_size=kv_size,
         window=window,
@@ -110,14 +108,16 @@ def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size:
 def _outside(stepped: SteppedModel) -> tuple[OutsideSpec, ...]:
     seen: set[int] = set()
     modules = []
+    last = False
     for stop in stepped.stops:
         if stop.layer is not None:
+            last = True
             continue
         own = list(stop.module.parameters(recurse=False))
         shared = any(id(parameter) in seen for parameter in own)
         seen.update(id(parameter) for parameter in own)
         count = sum(parameter.numel() for parameter in own)
-        modules.append(OutsideSpec(stop.name, count, shared))
+        modules.append(OutsideSpec(stop.name, count, shared, last))
     return tuple(modules)
 
 

@@ -43,7 +43,7 @@ class Limits:
     device: int = UNLIMITED
     host: int = UNLIMITED
     disk: int = UNLIMITED
-    disk_folder: Path = Path(".")
+    disk_folder: Path = Path()
 
     def budgets(self) -> dict[Tier, TierBudget]:
         amounts = {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}
@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`span` is the most tokens that a row can have, prompt and completion; `padded_width` pads every prompt (0: not)."""
+    """`span` is the most tokens of a row, prompt and completion; `padded_width` pads every prompt to it (0: not)."""
 
     span: int
     dtype: torch.dtype
@@ -64,8 +64,8 @@ class EngineOptions:
 
 
 def compute_dtype(choice: str, stored: Mapping[str, TensorEntry], device: torch.device) -> torch.dtype:
-    """The type that the maths runs in. `auto` is the type that most bytes are stored in; float16 stored is bfloat16 on
-    a CPU, where float16 arithmetic is some ten times slower."""
+    """The type that the maths runs in. `auto` is the type that most bytes are stored in; float16 becomes bfloat16 on a
+    CPU, where float16 arithmetic is some ten times slower."""
     if choice != "auto":
         return DTYPES[choice]
     amounts: dict[str, int] = {}

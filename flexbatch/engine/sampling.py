@@ -16,7 +16,7 @@ from flexbatch.records import Sampling
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Natural logarithm of each row's probability of its token. `logits` float32 `[rows, vocabulary]`, `tokens` `[rows]`."""
+    """Natural logarithm of the probability of each of `tokens` `[rows]`. `logits` float32 `[rows, vocabulary]`."""
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
     return chosen - logits.logsumexp(-1)
 

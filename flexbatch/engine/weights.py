@@ -14,7 +14,6 @@ from flexbatch.engine.model import SteppedModel, Stop
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
-from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
 from flexbatch.plan.placement import place_bytes
 from flexbatch.plan.policy import Shares, Tier
@@ -75,6 +74,7 @@ class Weights:
         self._slots = parameter_slots(stepped, sources)
         self.tiers = place_sources(stepped.stops, self._slots, shares)
         self._host: dict[str, torch.Tensor] = {}
+        self._resident: dict[str, nn.Parameter] = {}
         self._load_residents(sources)
         self._order = [stop.name for stop in stepped.stops if self._streamed(stop.name)]
         self._position, self._stream = 0, None
@@ -152,7 +152,7 @@ class Weights:
         for name, buffer in self._stepped.model.named_buffers():
             if name in sources:
                 buffer.copy_(self._read(sources[name].entries[0]).to(buffer.dtype))
-        self._stepped.model._apply(_only_buffers(self._device))
+        self._stepped.model._apply(_only_buffers(self._device))  # type: ignore[no-untyped-call]
 
     def _make_resident(self, slot: Slot) -> None:
         twin = self._resident.get(slot.source.name)
@@ -162,10 +162,6 @@ class Weights:
             value = slot.source.assemble(tensors, self._stepped.model).to(self._device, slot.dtype)
             twin = self._resident.setdefault(slot.source.name, _parameter(value))
         slot.module._parameters[slot.name] = twin
-
-    @property
-    def _resident(self) -> dict[str, nn.Parameter]:
-        return self.__dict__.setdefault("_resident_by_source", {})
 
     def _keep_on_host(self, source: ParameterSource) -> None:
         for entry in source.entries:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCABULARY = 200
+# Large enough that embedding and head are streamed like layers (`SMALL_MODULE_PARAMETERS`).
+VOCABULARY = 1100
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64}
 _LLAMA = {
     **_SMALL,
@@ -83,6 +84,12 @@ def prompts(rows: int, longest: int = 20, seed: int = 0) -> list[tuple[int, ...]
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, longest + 1, (rows,), generator=generator).tolist()
     return [tuple(torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
+
+
+def logits(family: str, tokens: tuple[int, ...]) -> torch.Tensor:
+    """The model's logits, float32 `[vocabulary]`, for what follows `tokens`."""
+    with torch.inference_mode():
+        return loaded(family)(torch.tensor([tokens])).logits[0, -1]
 
 
 def reference(family: str, prompt: tuple[int, ...], max_new_tokens: int, **options: Any) -> list[int]:
