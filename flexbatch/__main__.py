@@ -23,6 +23,7 @@ Run language models bigger than the machine over whole datasets.
 
     flexbatch [run] [key=value ...]     run a job, or go on with it
     flexbatch plan [key=value ...]      where everything would live and how long it would take; loads no weights
+    flexbatch status DIR                how far a running or stopped job is
 
     --cfg job            print the composed configuration and stop
     --config-dir DIR     a folder of your own with job/mine.yaml, model/mine.yaml and so on
@@ -54,9 +55,20 @@ def plan(arguments: Sequence[str]) -> int:
     return 0
 
 
+def status(arguments: Sequence[str]) -> int:
+    target = folder("status", next(iter(arguments), ""))
+
+    from flexbatch.data.progress import read_status
+    from flexbatch.report.status_text import status_text
+
+    print(status_text(read_status(target)))
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "plan": plan,
+    "status": status,
 }
 
 

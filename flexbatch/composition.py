@@ -7,7 +7,9 @@ form (`[a, b]`, with escapes such as "\\n" inside double quotes); a list of one 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,8 @@ def choose(group: str, option: str, folders: Sequence[Path]) -> str:
     return f"{group}={option}"
 
 
-def compose_groups(choices: Sequence[str], config_dir: Path | None) -> Any:
+@functools.lru_cache(maxsize=8)
+def compose_groups(choices: tuple[str, ...], config_dir: Path | None) -> Any:
     """The merged group files as an OmegaConf node of the schema `Config`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -90,7 +93,7 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
     choices = [choose(name, value, folders) for name, value in pairs if name in GROUPS]
     keyed = [(name, find_key(name), text) for name, text in pairs if name not in GROUPS]
     values = [(name, key, convert(key, text)) for name, key, text in keyed]
-    node = compose_groups(choices, config_dir)
+    node = copy.deepcopy(compose_groups(tuple(choices), config_dir))
     forget_what_is_replaced(node, {name for name, _ in pairs})
     for name, key, value in values:
         if not key.rules.get("verbatim"):
