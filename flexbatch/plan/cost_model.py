@@ -7,15 +7,13 @@ After FlexGen (arXiv 2303.06865, section 4.3), for a different schedule: see doc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
-    kv_units,
     needs,
     number_bytes,
     peak_bytes,
@@ -84,8 +82,10 @@ def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     """The whole job under `policy`. Pure; says nothing about limits (the optimiser compares `peak` with them)."""
     shown = workload if policy.prefix_sharing else workload.without_sharing()
     plan = schedule(shown, policy.slots, policy.prefill_tokens)
-    cost = _PassCost(spec, hardware, shown, policy)
-    return _summed(plan, cost, needs(spec, hardware, workload, policy))
+    totals = _Totals()
+    for load, count in plan.loads.items():
+        totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))
+    return totals.prediction(plan, shown, policy, needs(spec, hardware, workload, policy))
 
 
 def pass_seconds(terms: Mapping[Resource, float]) -> float:
@@ -100,22 +100,17 @@ def by_resource(terms: list[Term]) -> dict[Resource, float]:
     return totals
 
 
-class _PassCost:
-    """The terms of one pass, for one policy; each load is worked out once."""
-
-    def __init__(self, spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> None:
-        self.spec, self.hardware, self.workload, self.policy = spec, hardware, workload, policy
-        self.of = cache(self._of)
-
-    def _of(self, load: PassLoad) -> list[Term]:
-        arguments = (self.spec, self.hardware, self.workload, self.policy, load)
-        return [
-            *prefill_terms(*arguments),
-            *decode_terms(*arguments),
-            *weight_terms(*arguments[:2], self.policy),
-            *kv_terms(*arguments),
-            *overhead_terms(*arguments),
-        ]
+def pass_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> list[Term]:
+    """Everything that one pass with this load does."""
+    return [
+        *prefill_terms(spec, hardware, workload, policy, load),
+        *decode_terms(spec, hardware, workload, policy, load),
+        *weight_terms(spec, hardware, policy),
+        *kv_terms(spec, hardware, workload, policy, load),
+        *overhead_terms(spec, hardware, workload, policy, load),
+    ]
 
 
 def prefill_terms(
@@ -127,7 +122,7 @@ def prefill_terms(
     kind = gemm_format(spec, policy)
     own = load.joining * workload.own_tokens
     tokens = own + load.groups * workload.shared_tokens
-    flops = tokens * spec.linear_flops_per_token()
+    flops = tokens * spec.linear_flops_per_token
     yield _compute("prefill matrices", flops, hardware.gemm_rate(kind, min(tokens, MICRO_BATCH_TOKENS)))
     length = workload.own_squares / workload.own_tokens
     attention = spec.attention_flops(own, length + workload.shared_tokens)
@@ -143,7 +138,7 @@ def decode_terms(
     if not load.decoding:
         return
     kind = gemm_format(spec, policy)
-    flops = load.decoding * spec.linear_flops_per_token()
+    flops = load.decoding * spec.linear_flops_per_token
     yield _compute("decode matrices", flops, hardware.gemm_rate(kind, load.decoding))
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
     positions = workload.own_tokens + workload.new_tokens
@@ -177,7 +172,7 @@ def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> 
     elif from_host:
         yield Term("weights copied", Resource.COMPUTE, from_host / hardware.memory_copy, from_host, "bytes")
     if policy.weight_bits < 16:
-        numbers = sum(layer.matrix_parameters for layer in spec.layers)
+        numbers = spec.packed_numbers
         yield Term("dequantise", Resource.COMPUTE, numbers / hardware.dequantize_numbers, numbers, "numbers")
     elif spec.stored_dtype != spec.compute_dtype and streamed:
         yield Term("convert weights", Resource.COMPUTE, streamed / hardware.memory_copy, streamed, "bytes")
@@ -187,12 +182,10 @@ def kv_terms(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
 ) -> Iterator[Term]:
     """KV cache that is not on the device: gathered for decode and written for new tokens, while the maths waits."""
-    counts = kv_units(spec, policy)
-    units = sum(counts.values())
     per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec))
     old = load.decoding * (workload.own_tokens + workload.new_tokens) * per_token
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
-    on_disk, on_host = counts[Tier.DISK] / units, counts[Tier.HOST] / units
+    on_disk, on_host = policy.kv.disk, policy.kv.host
     if on_disk:
         seconds = old * on_disk / hardware.disk_read + new * on_disk / hardware.disk_write
         yield Term("KV on disk", Resource.COMPUTE, seconds, (old + new) * on_disk, "bytes")
@@ -242,8 +235,7 @@ def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: int) -> float:
 
 def attended_bytes(spec: ModelSpec, positions: float) -> float:
     """Bytes of keys and values that one query row reads over all layers; grouped heads are repeated first."""
-    size = number_bytes(spec)
-    return sum(2.0 * layer.query_size * size * min(positions, layer.window or positions) for layer in spec.layers)
+    return 2.0 * number_bytes(spec) * spec.attended_numbers(positions)
 
 
 def _device_copy(hardware: HardwareProfile) -> float:
@@ -254,41 +246,44 @@ def _compute(what: str, flops: float, rate: float) -> Term:
     return Term(what, Resource.COMPUTE, flops / rate, flops, "FLOP")
 
 
-def _summed(plan: Schedule, cost: _PassCost, items: tuple[Need, ...]) -> Prediction:
+class _Totals:
     """Adds up the passes of a schedule."""
-    seconds, bound = 0.0, dict.fromkeys(Resource, 0.0)
-    busy, terms = dict.fromkeys(Resource, 0.0), dict[str, Term]()
-    for load, count in plan.loads.items():
-        of_pass = cost.of(load)
-        totals = by_resource(of_pass)
-        longest = pass_seconds(totals)
-        seconds += longest * count
-        bound[max(totals, key=lambda resource: totals[resource])] += longest * count
-        for resource, value in totals.items():
-            busy[resource] += value * count
-        for term in of_pass:
-            terms[term.what] = _added(terms.get(term.what), term, count)
-    prefill = sum(term.seconds for what, term in terms.items() if what.startswith("prefill"))
-    share = prefill / max(busy[Resource.COMPUTE], 1e-12)
-    workload = cost.workload
-    in_flight = workload.new_tokens * seconds / max(1.0, plan.passes)
-    return Prediction(
-        policy=cost.policy,
-        seconds=seconds,
-        passes=plan.passes,
-        generated_tokens=workload.generated_tokens,
-        prefill_seconds=seconds * share,
-        decode_seconds=seconds * (1.0 - share),
-        ramp_seconds=sum(pass_seconds(by_resource(cost.of(load))) * count for load, count in plan.ramp.items()),
-        row_seconds=in_flight,
-        binding=max(bound, key=lambda resource: bound[resource]),
-        terms=terms,
-        resource_seconds=busy,
-        needs=items,
-        peak=peak_bytes(items),
-    )
 
+    def __init__(self) -> None:
+        self.seconds = self.ramp_seconds = 0.0
+        self.bound, self.busy = dict.fromkeys(Resource, 0.0), dict.fromkeys(Resource, 0.0)
+        self.terms: dict[str, Term] = {}
 
-def _added(total: Term | None, term: Term, count: float) -> Term:
-    before = (total.seconds, total.amount) if total else (0.0, 0.0)
-    return Term(term.what, term.resource, before[0] + term.seconds * count, before[1] + term.amount * count, term.unit)
+    def add(self, terms: list[Term], count: float, ramp: float) -> None:
+        """`count` passes of these terms, `ramp` of them while the slots fill."""
+        resources = by_resource(terms)
+        longest = pass_seconds(resources)
+        self.seconds += longest * count
+        self.ramp_seconds += longest * ramp
+        self.bound[max(resources, key=lambda resource: resources[resource])] += longest * count
+        for resource, seconds in resources.items():
+            self.busy[resource] += seconds * count
+        for term in terms:
+            before = self.terms.get(term.what)
+            seconds = term.seconds * count + (before.seconds if before else 0.0)
+            amount = term.amount * count + (before.amount if before else 0.0)
+            self.terms[term.what] = replace(term, seconds=seconds, amount=amount)
+
+    def prediction(self, plan: Schedule, workload: Workload, policy: Policy, items: tuple[Need, ...]) -> Prediction:
+        prefill = sum(term.seconds for what, term in self.terms.items() if what.startswith("prefill"))
+        share = prefill / max(self.busy[Resource.COMPUTE], 1e-12)
+        return Prediction(
+            policy=policy,
+            seconds=self.seconds,
+            passes=plan.passes,
+            generated_tokens=workload.generated_tokens,
+            prefill_seconds=self.seconds * share,
+            decode_seconds=self.seconds * (1.0 - share),
+            ramp_seconds=self.ramp_seconds,
+            row_seconds=workload.new_tokens * self.seconds / max(1.0, plan.passes),
+            binding=max(self.bound, key=lambda resource: self.bound[resource]),
+            terms=self.terms,
+            resource_seconds=self.busy,
+            needs=items,
+            peak=peak_bytes(items),
+        )

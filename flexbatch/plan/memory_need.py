@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import ModelSpec
-from flexbatch.plan.placement import place_slots
-from flexbatch.plan.policy import Policy, Tier
+from flexbatch.plan.placement import place_bytes, place_slots
+from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, joining_limit
 
 # A prefill micro-batch has about this many padded tokens (the engine's schedule packs them so).
@@ -35,27 +36,28 @@ def number_bytes(spec: ModelSpec) -> int:
 
 def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Bytes that the shares of `policy.weights` cut up: layers, embeddings and head, as stored."""
-    return spec.weight_bytes(policy.weight_bits) - spec.small_parameters * spec.dtype_bytes
-
-
-def largest_tensor_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """The unit of weight placement: no share is held more exactly than to one tensor."""
-    layers = max(layer.largest_tensor for layer in spec.layers) * min(spec.dtype_bytes * 8, policy.weight_bits) // 8
-    return max([layers, *(module.parameters * spec.dtype_bytes for module in spec.outside)])
+    return sum(map(sum, spec.stop_bytes(policy.weight_bits)))
 
 
 def largest_stop_bytes(spec: ModelSpec, policy: Policy) -> int:
     """The most that is needed at one moment: a layer, an embedding or the head."""
-    outside = (module.parameters * spec.dtype_bytes for module in spec.outside)
-    return max([spec.largest_layer_bytes(policy.weight_bits), *outside])
+    return max(map(sum, spec.stop_bytes(policy.weight_bits)))
 
 
-def prefetch_need(spec: ModelSpec, policy: Policy) -> int:
-    """Device bytes of the weight stream: twice the largest unit unless the policy says otherwise."""
-    if policy.weights.device >= 1.0 - 1e-9:
-        return 0
-    largest = math.ceil(largest_stop_bytes(spec, policy) * min(1.0, 1.0 - policy.weights.device + 0.1))
-    return max(policy.prefetch_bytes, largest) if policy.prefetch_bytes else 2 * largest
+@lru_cache(maxsize=256)
+def _held_weights(sizes: tuple[tuple[int, ...], ...], shares: Shares) -> tuple[int, int, int]:
+    """Exactly as placement puts them: bytes on the device, bytes on the host, most bytes that one stop streams."""
+    tiers = iter(place_bytes([size for stop in sizes for size in stop], shares))
+    device = host = most = 0
+    for stop in sizes:
+        streamed = 0
+        for size in stop:
+            tier = next(tiers)
+            device += size * (tier is Tier.DEVICE)
+            host += size * (tier is Tier.HOST)
+            streamed += size * (tier is not Tier.DEVICE)
+        most = max(most, streamed)
+    return device, host, most
 
 
 def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
@@ -95,20 +97,23 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
 
 
 def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
-    total, unit = streamable_bytes(spec, policy), largest_tensor_bytes(spec, policy)
-    device, host = policy.weights.device, policy.weights.host
-    resident = total if device >= 1.0 - 1e-9 else math.ceil(total * device) + unit * (device > 0)
-    on_host = math.ceil(total * host) + unit * (0 < host < 1)
-    expanded = 0
-    if policy.weight_bits < 16 or spec.stored_dtype != spec.compute_dtype:
-        expanded = max(layer.parameters for layer in spec.layers) * number_bytes(spec)
+    device, host, streamed = _held_weights(spec.stop_bytes(policy.weight_bits), policy.weights)
+    # Room for the two largest units, or what the policy allows, but one unit at the least.
+    stream = max(policy.prefetch_bytes, streamed) if policy.prefetch_bytes and streamed else 2 * streamed
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
-        Need("resident weights", Tier.DEVICE, min(total, resident)),
-        Need("weight stream", Tier.DEVICE, prefetch_need(spec, policy)),
-        Need("one layer expanded", Tier.DEVICE, expanded),
-        Need("weights", Tier.HOST, min(total, on_host)),
+        Need("resident weights", Tier.DEVICE, device),
+        Need("weight stream", Tier.DEVICE, stream),
+        Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
+        Need("weights", Tier.HOST, host),
     ]
+
+
+def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """A layer in the compute type, where it is stored in another."""
+    if policy.weight_bits == 16 and spec.stored_dtype == spec.compute_dtype:
+        return 0
+    return spec.largest_layer_parameters * number_bytes(spec)
 
 
 def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:

@@ -7,8 +7,10 @@ counts them on the meta device (no weight is read) and fills a `ModelSpec`. What
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flexbatch.errors import ModelError
@@ -25,33 +27,42 @@ KV_GROUP = 64
 class LayerSpec:
     """One decoder layer. Counts are numbers, not bytes.
 
-    `matrix_parameters` sit in matrices (they are what 8 and 4 bits pack); `active_parameters` of them multiply one
-    token (fewer than all where experts are chosen). `query_size` is query heads times head size, `kv_size` the numbers
-    that the cache keeps for one token (keys and values of all KV heads), `window` the attended positions (0: all).
+    `tensors` are (numbers, is a matrix) in the order of registration; matrices are what 8 and 4 bits pack.
+    `active_parameters` of the matrices multiply one token (fewer than all where experts are chosen). `query_size` is
+    query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and values of all KV
+    heads), `window` the attended positions (0: all).
     """
 
-    parameters: int
-    matrix_parameters: int
+    tensors: tuple[tuple[int, bool], ...]
     active_parameters: int
-    largest_tensor: int
     query_size: int
     kv_size: int
     window: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(numbers for numbers, _ in self.tensors)
+
+    @property
+    def matrix_parameters(self) -> int:
+        return sum(numbers for numbers, is_matrix in self.tensors if is_matrix)
 
 
 @dataclass(frozen=True, slots=True)
 class OutsideSpec:
     """A module outside the layers whose weights are streamed like a layer's: token embedding, positions, head.
 
-    `shared` says that its weights are another module's (a tied head): they are stored once.
+    `shared` says that its weights are another module's (a tied head): they are stored once. `last` says that it comes
+    after the layers.
     """
 
     name: str
     parameters: int
     shared: bool = False
+    last: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSpec:
     """Sizes of a model. `parameters` is what `sum(p.numel() for p in model.parameters())` gives, to the unit.
 
@@ -79,7 +90,7 @@ class ModelSpec:
         """Size of a stored parameter."""
         return 4 if self.stored_dtype == "float32" else 2
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         return sum(layer.parameters for layer in self.layers)
 
@@ -92,24 +103,43 @@ class ModelSpec:
     def parameters(self) -> int:
         return self.layer_parameters + self.outside_parameters + self.small_parameters
 
-    @property
+    @cached_property
     def kv_numbers_per_token(self) -> int:
         return sum(layer.kv_size for layer in self.layers)
 
+    def tensor_bytes(self, numbers: int, is_matrix: bool, bits: int) -> int:
+        """Stored bytes of a layer's tensor: a matrix packed to `bits`, anything else as stored."""
+        if bits == 16 or not is_matrix:
+            return numbers * self.dtype_bytes
+        return packed_bytes(numbers, bits, QUANTIZATION_GROUP)
+
     def layer_bytes(self, layer: LayerSpec, bits: int) -> int:
-        """Stored bytes of a layer: matrices packed to `bits`, everything else as stored."""
-        if bits == 16:
-            return layer.parameters * self.dtype_bytes
-        plain = (layer.parameters - layer.matrix_parameters) * self.dtype_bytes
-        return plain + packed_bytes(layer.matrix_parameters, bits, QUANTIZATION_GROUP)
+        return sum(self.tensor_bytes(numbers, is_matrix, bits) for numbers, is_matrix in layer.tensors)
 
     def weight_bytes(self, bits: int = 16) -> int:
         """Stored bytes of the whole model; modules outside the layers are never packed."""
-        layers = sum(self.layer_bytes(layer, bits) for layer in self.layers)
-        return layers + (self.outside_parameters + self.small_parameters) * self.dtype_bytes
+        return sum(map(sum, self.stop_bytes(bits))) + self.small_parameters * self.dtype_bytes
 
-    def largest_layer_bytes(self, bits: int = 16) -> int:
-        return max(self.layer_bytes(layer, bits) for layer in self.layers)
+    def stop_bytes(self, bits: int = 16) -> tuple[tuple[int, ...], ...]:
+        """Stored bytes of every streamable tensor, grouped by the moment at which it is needed, in the order of use.
+
+        A tied head appears once, where its weights come first.
+        """
+        known = self._stop_bytes
+        if bits not in known:
+            kinds = {layer: self._layer_tensors(layer, bits) for layer in set(self.layers)}
+            own = [module for module in self.outside if not module.shared]
+            first = [(module.parameters * self.dtype_bytes,) for module in own if not module.last]
+            last = [(module.parameters * self.dtype_bytes,) for module in own if module.last]
+            known[bits] = (*first, *(kinds[layer] for layer in self.layers), *last)
+        return known[bits]
+
+    def _layer_tensors(self, layer: LayerSpec, bits: int) -> tuple[int, ...]:
+        return tuple(self.tensor_bytes(numbers, is_matrix, bits) for numbers, is_matrix in layer.tensors)
+
+    @cached_property
+    def _stop_bytes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        return {}
 
     def kv_bytes_per_token(self, bits: int = 16, number_bytes: int = 2) -> float:
         """Cache bytes that one token needs over all layers. `number_bytes` is the size of an uncompressed entry."""
@@ -117,13 +147,35 @@ class ModelSpec:
             return float(self.kv_numbers_per_token * number_bytes)
         return self.kv_numbers_per_token * (bits / 8 + GROUP_BYTES / KV_GROUP)
 
+    @cached_property
     def linear_flops_per_token(self) -> int:
         """Two for each parameter that multiplies a token, head excluded."""
         return 2 * sum(layer.active_parameters for layer in self.layers)
 
+    @cached_property
+    def largest_layer_parameters(self) -> int:
+        return max(layer.parameters for layer in self.layers)
+
+    @cached_property
+    def packed_numbers(self) -> int:
+        """Numbers that 8 or 4 bits pack, and that are expanded once a pass."""
+        return sum(layer.matrix_parameters for layer in self.layers)
+
+    def attended_numbers(self, positions: float) -> float:
+        """Query size times positions that one token sees, summed over all layers."""
+        return sum(size * min(positions, window or positions) for window, size in self._query_sizes.items())
+
+    @cached_property
+    def _query_sizes(self) -> Mapping[int, int]:
+        """Query sizes summed over the layers that have the same window."""
+        sizes: Counter[int] = Counter()
+        for layer in self.layers:
+            sizes[layer.window] += layer.query_size
+        return sizes
+
     def attention_flops(self, queries: float, keys: float) -> float:
         """FLOPs of scores and weighted sum for `queries` tokens that see `keys` positions, over all layers."""
-        return sum(4.0 * queries * min(keys, layer.window or keys) * layer.query_size for layer in self.layers)
+        return 4.0 * queries * self.attended_numbers(keys)
 
 
 def packed_bytes(numbers: int, bits: int, group: int) -> int:

@@ -72,8 +72,8 @@ class Workload:
 class PassLoad:
     """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed."""
 
-    joining: int
-    decoding: int
+    joining: float
+    decoding: float
     groups: float = 0.0
 
 

@@ -1,0 +1,232 @@
+"""Chooses the policy of a run: slots and prefill by enumeration, shares by linear program, feasibility by exact bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from flexbatch.config import OffloadConfig, parse_bytes
+from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.plan.cost_model import Prediction, predict
+from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
+from flexbatch.plan.memory_need import needs, peak_bytes, streamable_bytes
+from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.shares_program import Problem, best_shares
+from flexbatch.plan.workload import PassLoad, Workload, schedule
+
+# No more rows in flight than this: beyond, weight traffic is long paid for and only latency grows.
+MOST_SLOTS = 4096
+
+# So many of the linear program's best candidates are predicted exactly.
+FINALISTS = 12
+
+# Between predictions this close, the one with fewer slots wins: rows then finish sooner.
+CLOSE = 0.002
+
+NOTHING_RESIDENT = Shares(0.0, 0.0)
+
+
+def choose_policy(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig
+) -> tuple[Policy, Prediction]:
+    """The policy of a run and what it predicts: the fastest that stays inside the limits.
+
+    What the user fixed (percent, slots, prefill tokens, bits, compute, prefix sharing) stays as it is; slots never
+    exceed the rows. Raises `CapacityError` that names the limit and the smallest change that makes the run feasible.
+    """
+    check_formats(spec, hardware, offload)
+    limits = limits_of(hardware, offload)
+    candidates = (
+        _manual(spec, hardware, workload, offload, limits)
+        if offload.policy == "manual"
+        else _automatic(spec, hardware, workload, offload, limits)
+    )
+    feasible = [made for made in candidates if limits.exceeded(made.peak) is None]
+    if not feasible:
+        raise infeasible(spec, hardware, workload, offload, limits)
+    best = pick(feasible)
+    return best.policy, best
+
+
+def pick(predictions: Sequence[Prediction]) -> Prediction:
+    """The fastest; of those that are as fast, the one with the fewest slots."""
+    fastest = min(prediction.seconds for prediction in predictions)
+    close = [prediction for prediction in predictions if prediction.seconds <= fastest * (1.0 + CLOSE)]
+    return min(close, key=lambda prediction: (prediction.policy.slots, prediction.seconds))
+
+
+def base_policy(hardware: HardwareProfile, offload: OffloadConfig) -> Policy:
+    """The user's formats and budgets; everything on the device, one slot."""
+    prefetch = 0 if str(offload.prefetch_bytes) == "auto" else parse_bytes(offload.prefetch_bytes, key="prefetch_bytes")
+    return Policy(
+        slots=1,
+        prefill_tokens=1,
+        weight_bits=offload.weight_bits,
+        kv_bits=offload.kv_bits,
+        compute=offload.compute,
+        prefix_sharing=offload.prefix_sharing,
+        prefetch_bytes=prefetch,
+    )
+
+
+def check_formats(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadConfig) -> None:
+    """The machine's figures must cover the number format that the maths runs in."""
+    kind = "int8" if offload.compute == "int8" else spec.compute_dtype
+    if kind not in hardware.gemm:
+        raise ConfigError(
+            f"hardware {hardware.name!r} has no gemm rates for {kind}; it has {', '.join(hardware.gemm)}.",
+            remedy="Choose another model.dtype or offload.compute, or add the rates to the hardware file.",
+        )
+
+
+def _automatic(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
+) -> Iterator[Prediction]:
+    """The linear program's best candidates, rounded and predicted."""
+    base = base_policy(hardware, offload)
+    ranked: list[tuple[float, Policy]] = []
+    for policy in _enumerated(workload, offload, base):
+        hosts = (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,)
+        if not _may_fit(spec, hardware, workload, policy, limits):
+            continue
+        problem = Problem(spec, hardware, workload, limits, _kinds_of_passes(workload, policy))
+        for host_attention in hosts:
+            ranked += best_shares(problem, replace(policy, host_attention=host_attention))
+    ranked.sort(key=lambda pair: pair[0])
+    for _, policy in ranked[:FINALISTS]:
+        rounded = _fitted(spec, hardware, workload, policy, limits)
+        if rounded is not None:
+            yield predict(spec, hardware, workload, rounded)
+
+
+def _enumerated(workload: Workload, offload: OffloadConfig, base: Policy) -> Iterator[Policy]:
+    for slots in slot_counts(workload, offload):
+        for tokens in prefill_counts(workload, offload, slots, base):
+            yield replace(base, slots=slots, prefill_tokens=tokens)
+
+
+def slot_counts(workload: Workload, offload: OffloadConfig) -> list[int]:
+    """Slots to try: what the user fixed (never more than the rows), else a ladder with steps of about a third."""
+    most = min(workload.rows, MOST_SLOTS)
+    if str(offload.slots) != "auto":
+        return [min(workload.rows, int(offload.slots))]
+    ladder = {1, 2, 3, 4, 5, 6, 7, 8, most}
+    for power in range(3, 13):
+        ladder |= {2**power, 2**power * 5 // 4, 2**power * 3 // 2, 2**power * 7 // 4}
+    return sorted(slots for slots in ladder if slots <= most)
+
+
+def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> list[int]:
+    """Prompt tokens per pass to try: what keeps the slots full with little to spare, and a few around it."""
+    if str(offload.prefill_tokens) != "auto":
+        return [int(offload.prefill_tokens)]
+    shown = workload if base.prefix_sharing else workload.without_sharing()
+    steady = math.ceil(slots / max(1.0, shown.new_tokens))
+    joining = sorted({1, max(1, steady // 2), steady, steady + 1, 2 * steady, slots})
+    return [math.ceil(count * shown.own_tokens) for count in joining if count <= slots]
+
+
+def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad, float], ...]:
+    """The job's passes as at most two kinds: the mean of those that prefill, the mean of those that only decode."""
+    shown = workload if policy.prefix_sharing else workload.without_sharing()
+    loads = schedule(shown, policy.slots, policy.prefill_tokens).loads
+    kinds = []
+    for prefills in (True, False):
+        mine = {load: count for load, count in loads.items() if (load.joining > 0) is prefills}
+        count = sum(mine.values())
+        if count:
+            mean = PassLoad(
+                sum(load.joining * times for load, times in mine.items()) / count,
+                sum(load.decoding * times for load, times in mine.items()) / count,
+                sum(load.groups * times for load, times in mine.items()) / count,
+            )
+            kinds.append((mean, count))
+    return tuple(kinds)
+
+
+def _may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
+    """Whether the policy's activations alone stay inside the device: cheap, before a linear program is set up."""
+    away = replace(policy, weights=NOTHING_RESIDENT, kv=NOTHING_RESIDENT)
+    return peak_bytes(needs(spec, hardware, workload, away))[Tier.DEVICE] <= limits.device or (
+        peak_bytes(needs(spec, hardware, workload, replace(policy, weights=NOTHING_RESIDENT)))[Tier.DEVICE]
+        <= limits.device
+    )
+
+
+def _fitted(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits
+) -> Policy | None:
+    """The policy rounded to what can be placed: shares move to the next tier until the exact byte counts fit, then as
+    much as there is room for moves back."""
+    total = streamable_bytes(spec, policy)
+    for _ in range(12):
+        peak = peak_bytes(needs(spec, hardware, workload, policy))
+        tier = limits.exceeded(peak)
+        if tier is None:
+            return policy
+        excess = (peak[tier] - limits.of(tier)) / total + 1e-4
+        moved = _moved_weights(policy.weights, tier, excess)
+        if moved is None:
+            return None
+        policy = replace(policy, weights=moved)
+    return None
+
+
+def _moved_weights(shares: Shares, tier: Tier, excess: float) -> Shares | None:
+    """`excess` of the weights away from `tier` towards the disk, or None where there is not so much."""
+    if tier is Tier.DEVICE and shares.device > 0:
+        return Shares(max(0.0, shares.device - excess), shares.host)
+    if tier is Tier.HOST and shares.host > 0:
+        return Shares(shares.device, max(0.0, shares.host - excess))
+    return None
+
+
+def _manual(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
+) -> Iterator[Prediction]:
+    """The user's shares, with every slots and prefill that he left open."""
+    weights, kv, hidden = Policy.percent_shares(list(offload.percent))
+    base = replace(base_policy(hardware, offload), weights=weights, kv=kv, hidden=hidden)
+    for policy in _enumerated(workload, offload, base):
+        if limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None:
+            yield predict(spec, hardware, workload, policy)
+
+
+def infeasible(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
+) -> CapacityError:
+    """Which limit cannot be met, by how much, and the smallest change that would make the run feasible."""
+    base = base_policy(hardware, offload)
+    smallest = next(_enumerated(workload, offload, base))
+    if offload.policy == "manual":
+        weights, kv, hidden = Policy.percent_shares(list(offload.percent))
+        least = replace(smallest, weights=weights, kv=kv, hidden=hidden)
+    else:
+        least = replace(smallest, weights=NOTHING_RESIDENT)
+        if limits.exceeded(peak_bytes(needs(spec, hardware, workload, least))) is Tier.DEVICE:
+            least = _smaller(spec, hardware, workload, least, replace(least, kv=NOTHING_RESIDENT))
+    items = needs(spec, hardware, workload, least)
+    peak = peak_bytes(items)
+    tier = limits.exceeded(peak) or Tier.DEVICE
+    largest = sorted((item for item in items if item.tier is tier), key=lambda item: -item.nbytes)[:4]
+    what = ", ".join(f"{item.what} {gibibytes(item.nbytes)}" for item in largest)
+    change = f"Raise {LIMIT_KEYS[tier]} to {gibibytes(math.ceil(peak[tier] * 1.01))}"
+    if tier is Tier.DISK:
+        change = f"Free {gibibytes(peak[tier] - limits.disk)} on the disk of {LIMIT_KEYS[tier]}, or name another"
+    if str(offload.slots) != "auto" and least.slots > 1:
+        change += f", or lower offload.slots (now {offload.slots})"
+    elif offload.policy == "manual":
+        change += ", or lower that tier's share in offload.percent"
+    return CapacityError(
+        f"{spec.name or 'the model'} does not fit: with {least.slots} slots it needs at least {gibibytes(peak[tier])} on "
+        f"the {tier.value} ({what}), and the limit is {gibibytes(limits.of(tier))}.",
+        remedy=change + ".",
+    )
+
+
+def _smaller(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, first: Policy, second: Policy) -> Policy:
+    """Of two policies, the one that needs less of the device."""
+    return min((first, second), key=lambda policy: peak_bytes(needs(spec, hardware, workload, policy))[Tier.DEVICE])
