@@ -24,6 +24,7 @@ Run language models bigger than the machine over whole datasets.
     flexbatch [run] [key=value ...]     run a job, or go on with it
     flexbatch plan [key=value ...]      where everything would live and how long it would take; loads no weights
     flexbatch status DIR                how far a running or stopped job is
+    flexbatch report DIR                the run as one HTML file
 
     --cfg job            print the composed configuration and stop
     --config-dir DIR     a folder of your own with job/mine.yaml, model/mine.yaml and so on
@@ -65,10 +66,20 @@ def status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def report(arguments: Sequence[str]) -> int:
+    target = folder("report", next(iter(arguments), ""))
+
+    from flexbatch.report.html import write_report
+
+    print(write_report(target))
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "plan": plan,
     "status": status,
+    "report": report,
 }
 
 

@@ -37,6 +37,10 @@ def flexbatch(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
         (["--frobnicate"], 2, "--frobnicate"),
         (["--multirun"], 2, "shell loop"),
         (["--config-dir", "nowhere"], 2, "nowhere"),
+        (["status", "nowhere"], 2, "nowhere"),
+        (["status", "."], 6, "_state"),
+        (["report", "."], 6, "_state"),
+        (["report"], 2, "report DIR"),
         (["offload.policy=manual", "offload.percent=[60,50,0,0,0,0]"], 2, "at most 100"),
     ],
 )
