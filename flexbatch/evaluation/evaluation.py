@@ -81,20 +81,16 @@ class Evaluation:
 
     def score(self, rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Scores:
         """Scores from the finished output rows (a mapping of column to value each), in any order."""
-        scored = [
-            (scenario, score_scenario(scenario, selected, self.metrics, tokenizer))
-            for scenario, selected in self._by_scenario(rows)
-        ]
-        return summarize(scored)
+        return summarize(self.instance_scores(rows, tokenizer))
 
     def instance_scores(
         self, rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer
-    ) -> dict[str, list[InstanceScore]]:
+    ) -> list[tuple[Scenario, list[InstanceScore]]]:
         """What `score` averages: for each scenario, the statistics of each trial and instance."""
-        return {
-            scenario.name: score_scenario(scenario, selected, self.metrics, tokenizer)
+        return [
+            (scenario, score_scenario(scenario, selected, self.metrics, tokenizer))
             for scenario, selected in self._by_scenario(rows)
-        }
+        ]
 
     def _by_scenario(self, rows: Iterable[Mapping[str, Any]]) -> list[tuple[Scenario, list[Mapping[str, Any]]]]:
         sorted_rows: dict[str, list[Mapping[str, Any]]] = {scenario.name: [] for scenario in self.scenarios}
@@ -105,10 +101,9 @@ class Evaluation:
                     remedy="Score a folder with the configuration that it was made with.",
                 )
             sorted_rows[row["scenario"]].append(row)
-        return [
-            (scenario, sorted(sorted_rows[scenario.name], key=lambda row: int(row["row"])))
-            for scenario in self.scenarios
-        ]
+        for selected in sorted_rows.values():
+            selected.sort(key=lambda row: int(row["row"]))
+        return [(scenario, sorted_rows[scenario.name]) for scenario in self.scenarios]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +133,7 @@ def build_evaluation(job: JobConfig, *, seed: int = 0, special_tokens: bool = Tr
 
 def special_count(tokenizer: Tokenizer, special_tokens: bool) -> int:
     """How many special tokens the tokenizer puts around a text."""
-    return len(encode(tokenizer, [""], special_tokens)[0]) if special_tokens else 0
+    return len(encode(tokenizer, ["a"], special_tokens)[0]) - len(encode(tokenizer, ["a"], special_tokens=False)[0])
 
 
 def prompt_room(scenario: Scenario, limits: Limits, specials: int) -> int:

@@ -139,7 +139,9 @@ def _regular_expression(pattern: str, where: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error})") from error
+        raise ConfigError(
+            f"{where}: {pattern!r} is not a regular expression ({error})", remedy="Correct it."
+        ) from error
     return pattern
 
 

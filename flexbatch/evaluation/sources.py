@@ -71,7 +71,7 @@ def _from_mmlu(options: Options, where: str) -> list[Instance]:
     if not instances:
         raise DataError(
             f"{where}: no file {folder}/test/{subject}_test.csv",
-            remedy="data.path is the folder with dev/ and test/ in it; data.subject is the file's name up to _test.csv.",
+            remedy="data.path is the folder with dev/ and test/; data.subject is the file's name up to _test.csv.",
         )
     return instances
 
