@@ -9,13 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexbatch.errors import ModelError
 
-_ENCODER_DECODERS = ("bart", "blenderbot", "led", "m2m_100", "marian", "mbart", "mt5", "pegasus", "prophetnet", "t5", "umt5")
+_ENCODER_DECODERS = (
+    "bart",
+    "blenderbot",
+    "led",
+    "m2m_100",
+    "marian",
+    "mbart",
+    "mt5",
+    "pegasus",
+    "prophetnet",
+    "t5",
+    "umt5",
+)
 
 
 def config_from_mapping(fields: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -26,19 +38,8 @@ def config_from_mapping(fields: Mapping[str, Any], where: str) -> PreTrainedConf
     check_model_type(fields, where)
     try:
         return AutoConfig.for_model(**dict(fields))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{where}: the config of model type {fields['model_type']!r} cannot be used: {reason}.",
-            remedy="Correct the config, or take the model's published config.json.",
-        ) from error
-    except Exception as error:
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise ModelError(
-                f"{where}: the config of model type {fields['model_type']!r} cannot be used: {' '.join(str(error).split())}.",
-                remedy="Correct the config, or take the model's published config.json.",
-            ) from error
-        raise
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise _unusable(fields["model_type"], where, error) from error
 
 
 def check_model_type(fields: Mapping[str, Any], where: str) -> None:
@@ -57,20 +58,32 @@ def check_model_type(fields: Mapping[str, Any], where: str) -> None:
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3, cutoff=0.4)
-    known = "is no causal language model" if kind in CONFIG_MAPPING_NAMES else "is not known to the installed Transformers"
+    known = "is no causal language model" if kind in CONFIG_MAPPING else "is unknown to the installed Transformers"
     own_code = " It brings Python code of its own, which flexbatch never runs." if fields.get("auto_map") else ""
     raise ModelError(
         f"{where}: model type {kind!r} {known}.{own_code}",
-        remedy=f"Nearest supported types: {', '.join(near) or 'opt, bloom, llama, gpt2'}. A newer Transformers may know it.",
+        remedy=f"Nearest supported types: {', '.join(near) or 'opt, bloom, llama, gpt2'}. "
+        "A newer Transformers may know it.",
     )
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of `config` on the meta device: true names and shapes, no memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise _unusable(config.model_type, "the model's config", error) from error
     model.tie_weights()
     return model
+
+
+def _unusable(kind: str, where: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ModelError(
+        f"{where}: the config of model type {kind!r} cannot be used: {reason}.",
+        remedy="Correct the config, or take the model's published config.json.",
+    )
 
 
 @dataclass(frozen=True)

@@ -179,13 +179,13 @@ def _make(folder: Path, file: _File, dtype: torch.dtype, values: _Values, report
         report(f"Making {file.nbytes(dtype) / 1e9:.2f} GB of dummy weights: {target}")
         try:
             for chunk in values.chunks(file.shapes, dtype, done):
-                stream.write(chunk.view(torch.uint8).numpy())
+                stream.write(chunk.view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         except OSError as error:
             raise ModelError(
                 f"{partial} could not be written: {error.strerror or error}.",
-                remedy="Free some space or name another folder with model.cache_dir=; the work goes on where it stopped.",
+                remedy="Free some space, or name another folder with model.cache_dir=; what is written is kept.",
             ) from error
         partial.replace(target)
 
