@@ -1,0 +1,70 @@
+"""What a finished run prints: a table of scores, where the results are, and how to go on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flexbatch.report.progress import duration_text
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreLine:
+    """One line of the table of scores: a mean with its 95 % confidence interval over `count` instances."""
+
+    scenario: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    count: int
+    main: bool
+
+
+def scores_table(lines: Sequence[ScoreLine]) -> Table:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("scenario")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("instances", justify="right")
+    for line in lines:
+        table.add_row(
+            line.scenario if line.main else "",
+            line.metric,
+            f"{line.mean:.3f}",
+            f"{line.low:.3f} to {line.high:.3f}",
+            str(line.count),
+            style="bold" if line.main else None,
+        )
+    return table
+
+
+def closing_lines(
+    folder: Path, rows: int, tokens: int, finish_reasons: Mapping[str, int], seconds: float, command: str
+) -> list[str]:
+    """Where the results are and how to resume, plan and read them. `command` is what the run was started with."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(finish_reasons.items()))
+    return [
+        f"{rows} rows, {tokens} tokens generated ({reasons}); this attempt took {duration_text(seconds)}.",
+        f"Results  {folder}/data  (Parquet; metrics.json and report.html beside it)",
+        f"Read     python -c \"import pandas; print(pandas.read_parquet('{folder}/data'))\"",
+        f"Resume   {command}   (the same command goes on after any interruption)",
+        f"Plan     {command.replace('flexbatch', 'flexbatch plan', 1)}   (where everything lives, how long it takes)",
+    ]
+
+
+def print_summary(lines: Sequence[ScoreLine], closing: Sequence[str]) -> None:
+    """To standard output."""
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    if lines:
+        console.print(scores_table(lines))
+        console.print()
+    for line in closing:
+        console.print(Text(line))

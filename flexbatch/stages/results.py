@@ -1,0 +1,65 @@
+"""After the last row: scores from the output's own files, so that a resumed run scores as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexbatch.config import DatasetConfig
+from flexbatch.data.durable import write_file
+from flexbatch.data.reader import Source
+from flexbatch.data.writer import list_parts
+from flexbatch.evaluation.summary import Scores
+from flexbatch.report.summary import ScoreLine
+from flexbatch.stages.model import Model
+from flexbatch.stages.work import Work
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A finished run: its folder, rows, tokens, why completions ended, and the scores of a scored job."""
+
+    folder: Path
+    rows: int
+    generated_tokens: int
+    finish_reasons: Mapping[str, int]
+    seconds: float
+    scores: Scores | None = None
+
+    def score_lines(self) -> list[ScoreLine]:
+        table = self.scores.table() if self.scores else []
+        return [
+            ScoreLine(row.scenario, row.metric, e.mean, e.low, e.high, e.count, row.main)
+            for row in table
+            for e in [row.estimate]
+        ]
+
+
+def output_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of an output folder, part by part, each a mapping of column to value."""
+    if list_parts(folder):
+        for row in Source.open(DatasetConfig(path=str(folder / "data"), format="parquet")).rows():
+            yield row.fields
+
+
+def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> RunSummary:
+    """Reads the output back, scores it where the job is scored, and writes `metrics.json`."""
+    reasons: Counter[str] = Counter()
+    tokens = 0
+    for row in output_rows(folder):
+        reasons[row["finish_reason"]] += 1
+        tokens += len(row["completion_ids"])
+    scores = work.evaluation.score(output_rows(folder), model.tokenizer) if work.evaluation else None
+    summary = RunSummary(folder, sum(reasons.values()), tokens, dict(reasons), seconds, scores)
+    metrics = {
+        "rows": summary.rows,
+        "generated_tokens": tokens,
+        "finish_reasons": summary.finish_reasons,
+        **(scores.metrics() if scores else {}),
+    }
+    write_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode(), folder / "_tmp")
+    return summary

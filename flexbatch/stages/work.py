@@ -1,0 +1,132 @@
+"""The job's work: prompts in their fixed order, what is written for each, and what of all that changes results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from flexbatch.config import Config
+from flexbatch.data.batcher import Placed, job_order, split_parts
+from flexbatch.data.columns import ColumnType
+from flexbatch.data.prompts import PromptBuilder
+from flexbatch.data.reader import Source
+from flexbatch.errors import ConfigError
+from flexbatch.evaluation.evaluation import COLUMNS, Evaluation, Limits, build_evaluation
+from flexbatch.records import Prompt
+from flexbatch.stages.model import Model
+
+BUILD_ROWS = 256  # rows rendered and tokenized in one call
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be run. `prompts()` streams it from the start, each time in the same order.
+
+    `total` is the number of output rows, None where nobody can know it. `longest_prompt` and `longest_new` bound
+    every row's tokens. `identity` goes into the run's fingerprint.
+    """
+
+    prompts: Callable[[], Iterator[Prompt]]
+    total: int | None
+    longest_prompt: int
+    longest_new: int
+    carried: Mapping[str, ColumnType]
+    identity: Mapping[str, Any]
+    window: int
+    part_rows: int
+    several_completions: bool = False
+    evaluation: Evaluation | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def placed(self) -> Iterator[Placed]:
+        """Every prompt with its place in the job's order."""
+        return split_parts(job_order(self.prompts(), self.window), self.part_rows)
+
+    def sample(self, rows: int = 256) -> list[Prompt]:
+        """The first prompts, for the plan."""
+        return list(itertools.islice(self.prompts(), rows))
+
+
+def describe_work(config: Config, model: Model) -> Work:
+    """Opens the dataset or the scenarios and checks everything that can be wrong for all rows."""
+    if config.job.kind == "helm_eval":
+        return _evaluation_work(config, model)
+    return _dataset_work(config, model)
+
+
+def _dataset_work(config: Config, model: Model) -> Work:
+    if not config.dataset.path:
+        raise ConfigError("dataset.path is empty.", remedy="Name the data: dataset.path=FILE-FOLDER-GLOB-or-hub-id.")
+    source = Source.open(config.dataset)
+    longest_new = config.generation.max_new_tokens
+    longest, notes = _longest_prompt(config, model, longest_new)
+    wanted = dict.fromkeys([*config.output.columns, *config.job.gold.values(), *filter(None, [config.job.reference])])
+    prompt_config = replace(config.prompt, max_tokens=longest)
+    builder = PromptBuilder(
+        prompt_config, config.generation, model.tokenizer, columns=source.columns, carried=list(wanted)
+    )
+
+    def prompts() -> Iterator[Prompt]:
+        rows = source.rows()
+        while block := list(itertools.islice(rows, BUILD_ROWS)):
+            yield from builder.build(block)
+
+    described = source.describe()
+    count = config.generation.num_completions
+    return Work(
+        prompts=prompts,
+        total=None if described.rows is None else described.rows * count,
+        longest_prompt=longest,
+        longest_new=longest_new,
+        carried={name: source.columns[name] for name in wanted},
+        identity={
+            "dataset": described.fingerprint() | _subset(config.dataset, "split", "id_column", "limit"),
+            "prompt": asdict(prompt_config) | {"examples": builder.prefix},
+        },
+        window=config.prompt.window,
+        part_rows=config.output.part_rows,
+        several_completions=count > 1,
+        notes=notes,
+    )
+
+
+def _evaluation_work(config: Config, model: Model) -> Work:
+    evaluation = build_evaluation(config.job, seed=config.generation.seed, special_tokens=config.prompt.special_tokens)
+    longest_new = max(scenario.spec.max_tokens for scenario in evaluation.scenarios)
+    limits = Limits(config.prompt.max_tokens, model.context_tokens)
+    longest = max([config.prompt.max_tokens, *(scenario.prompt_tokens + 8 for scenario in evaluation.scenarios)])
+    if model.context_tokens:
+        longest = min(longest, model.context_tokens)
+    return Work(
+        prompts=lambda: evaluation.prompts(model.tokenizer, limits),
+        total=evaluation.count(),
+        longest_prompt=longest,
+        longest_new=longest_new,
+        carried={name: ColumnType.parse(kind) for name, kind in COLUMNS.items()},
+        identity={"evaluation": evaluation.digest, "limits": asdict(limits)},
+        window=config.prompt.window,
+        part_rows=config.output.part_rows,
+        evaluation=evaluation,
+    )
+
+
+def _longest_prompt(config: Config, model: Model, longest_new: int) -> tuple[int, tuple[str, ...]]:
+    """`prompt.max_tokens`, or what the model's positions leave beside the completion."""
+    wanted, positions = config.prompt.max_tokens, model.context_tokens
+    if not positions or wanted + longest_new <= positions:
+        return wanted, ()
+    room = positions - longest_new
+    if room < 1:
+        raise ConfigError(
+            f"generation.max_new_tokens is {longest_new}, but the model has {positions} positions in all.",
+            remedy=f"Set generation.max_new_tokens below {positions}.",
+        )
+    return room, (
+        f"prompts are cut to {room} tokens: the model has {positions} positions, {longest_new} are generated",
+    )
+
+
+def _subset(record: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
