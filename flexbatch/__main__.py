@@ -25,6 +25,7 @@ Run language models bigger than the machine over whole datasets.
     flexbatch plan [key=value ...]      where everything would live and how long it would take; loads no weights
     flexbatch status DIR                how far a running or stopped job is
     flexbatch report DIR                the run as one HTML file
+    flexbatch import SOURCE TARGET      bring published weights into safetensors; import --help says how
 
     --cfg job            print the composed configuration and stop
     --config-dir DIR     a folder of your own with job/mine.yaml, model/mine.yaml and so on
@@ -75,11 +76,18 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def import_weights(arguments: Sequence[str]) -> int:
+    from flexbatch.checkpoint.command import import_command
+
+    return import_command(list(arguments))
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "plan": plan,
     "status": status,
     "report": report,
+    "import": import_weights,
 }
 
 
@@ -177,7 +185,7 @@ def explain(error: BaseException) -> int:
 def main(arguments: Sequence[str]) -> int:
     quiet_libraries()
     try:
-        if {"-h", "--help"} & set(arguments):
+        if {"-h", "--help"} & set(arguments) and arguments[0] != "import":
             print(usage())
             return 0
         if "--version" in arguments:
