@@ -17,8 +17,10 @@ from flexbatch.engine.opening import EngineOptions, Limits, open_engine
 from flexbatch.interrupt import StopSignal
 from flexbatch.plan.policy import Policy
 from flexbatch.records import PassResult
+from flexbatch.report.html import write_report
 from flexbatch.report.progress import Progress
 from flexbatch.report.summary import closing_lines, print_summary
+from flexbatch.report.timeline import Timeline
 from flexbatch.stages import policy
 from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
@@ -45,6 +47,7 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
         if work.total is None or ledger.rows_done < work.total:
             _generate(config, model, work, chosen, ledger, writer, stop)
         summary = summarize_run(folder, work, model, time.monotonic() - started)
+    write_report(folder)
     print_summary(
         summary.score_lines(),
         closing_lines(
@@ -64,10 +67,11 @@ def _generate(
 ) -> None:
     """The part of a run that needs the model in memory."""
     engine = _open_engine(config, model, work, chosen, ledger)
-    with Progress(work.total or 0, ledger.rows_done, sys.stderr) as progress:
+    with Timeline(ledger.folder) as timeline, Progress(work.total or 0, ledger.rows_done, sys.stderr) as progress:
 
         def on_pass(result: PassResult, rows_done: int) -> None:
             progress.update(result, rows_done)
+            timeline.update(result, rows_done)
             stop.check()
 
         try:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from flexbatch.data.durable import write_file
 from flexbatch.data.progress import Status, read_status
 from flexbatch.data.results import Results, read_results
 from flexbatch.report.progress import duration_text, rate_text
@@ -168,11 +169,12 @@ def render(facts: Facts) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into the folder and return its path. Raises OutputError where it is no output folder."""
-    page = render(gather(folder))
+    """Write `report.html` into the folder and return its path.
+
+    Raises:
+        OutputError: it is no output folder, or cannot be written.
+        CapacityError: the disk is full.
+    """
     target = folder / "report.html"
-    unfinished = folder / "_tmp" / "report.html"
-    unfinished.parent.mkdir(exist_ok=True)
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)
+    write_file(target, render(gather(folder)).encode("utf-8", "backslashreplace"), folder / "_tmp")
     return target
