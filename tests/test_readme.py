@@ -18,7 +18,8 @@ def options_table() -> str:
     for key in keys():
         values = type_name(key).replace("|", "\\|")
         default = default_text(key).replace("|", "\\|")
-        lines.append(f"| `{key.name}` | {key.rules['doc']} | {values} | `{default}` |")
+        shown = default if default in ("empty", "must be given") else f"`{default}`"
+        lines.append(f"| `{key.name}` | {key.rules['doc']} | {values} | {shown} |")
     return "\n".join([*lines, "", ""])
 
 
