@@ -1,4 +1,4 @@
-"""The job's model, found and identified, with its tokenizer. Of the weights only samples are read, for the fingerprint."""
+"""The job's model, found and identified, with its tokenizer. Of the weights only samples are read (fingerprint)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from flexbatch.data.columns import ColumnType
 from flexbatch.data.prompts import PromptBuilder
 from flexbatch.data.reader import Source
 from flexbatch.errors import ConfigError
-from flexbatch.evaluation.evaluation import COLUMNS, Evaluation, Limits, build_evaluation
+from flexbatch.evaluation.evaluation import COLUMNS, Evaluation, build_evaluation
+from flexbatch.evaluation.fitting import Limits
 from flexbatch.records import Prompt
 from flexbatch.stages.model import Model
 
@@ -123,9 +124,7 @@ def _longest_prompt(config: Config, model: Model, longest_new: int) -> tuple[int
             f"generation.max_new_tokens is {longest_new}, but the model has {positions} positions in all.",
             remedy=f"Set generation.max_new_tokens below {positions}.",
         )
-    return room, (
-        f"prompts are cut to {room} tokens: the model has {positions} positions, {longest_new} are generated",
-    )
+    return room, (f"prompts are cut to {room} tokens: of {positions} positions, {longest_new} are generated",)
 
 
 def _subset(record: Any, *names: str) -> dict[str, Any]:
