@@ -7,6 +7,7 @@ they need no pyarrow.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,30 +148,47 @@ def _canonical(kind: Any) -> Any:
     return kind
 
 
-def infer(records: Iterable[Mapping[str, Any]]) -> dict[str, ColumnType]:
-    """Column types of untyped records (JSON): the commonest type of each column's values; the others will not fit."""
-    values: dict[str, list[Any]] = {}
-    for record in records:
-        for name, value in record.items():
-            values.setdefault(name, []).append(value)
-    return {name: ColumnType(_commonest_type(column)) for name, column in values.items()}
+class Inference:
+    """Column types of untyped records (JSON), seen a batch at a time.
+
+    A column has the type of the most of its values, widened to hold others where that is possible (whole numbers and
+    fractions, objects with different keys). What then does not fit is a value of the wrong type.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[Any]] = {}
+
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        values: dict[str, list[Any]] = {}
+        for record in records:
+            for name, value in record.items():
+                values.setdefault(name, []).append(value)
+        for name, column in values.items():
+            self._counts.setdefault(name, Counter()).update(_count_types(column))
+
+    def columns(self) -> dict[str, ColumnType]:
+        """The types; string for a column of nothing but nulls."""
+        return {name: without_nulls(_widest(counts)) for name, counts in self._counts.items()}
 
 
-def _commonest_type(values: list[Any]) -> Any:
+def _widest(counts: Counter[Any]) -> ColumnType:
+    widest = ColumnType(pa.null())
+    for kind, _ in counts.most_common():
+        widest = merge(widest, ColumnType(kind), widen=True) or widest
+    return widest
+
+
+def _count_types(values: list[Any]) -> Counter[Any]:
+    present = [value for value in values if value is not None]
+    if present and (common := _arrow_type(present)) is not None:
+        return Counter({common: len(present)})
+    kinds = (_arrow_type([value]) for value in present)  # a mixture, or a value that no column can hold
+    return Counter(kind for kind in kinds if kind is not None)
+
+
+def _arrow_type(values: list[Any]) -> Any:
     try:
         return _canonical(pa.array(values).type)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        pass  # a mixture, or a value that no column can hold
-    counts: dict[Any, int] = {}
-    for value in values:
-        if value is not None and (kind := _value_type(value)) is not None:
-            counts[kind] = counts.get(kind, 0) + 1
-    return max(counts, key=lambda kind: counts[kind], default=pa.null())
-
-
-def _value_type(value: Any) -> Any:
-    try:
-        return _canonical(pa.array([value]).type)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         return None
 

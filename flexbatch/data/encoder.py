@@ -18,7 +18,9 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]: ...
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, verbose: bool
+    ) -> Mapping[str, list[list[int]]]: ...
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
@@ -86,7 +88,7 @@ class Encoder:
         usable = [text if is_encodable(text) else "" for text in texts]
         if not usable:
             return []
-        rows = self._tokenizer(usable, add_special_tokens=self._special)["input_ids"]
+        rows = _token_ids(self._tokenizer, usable, add_special_tokens=self._special)
         return [
             self._fit(tuple(ids)) if is_encodable(text) else Encoded(error="the prompt is not valid Unicode text")
             for text, ids in zip(texts, rows, strict=True)
@@ -105,10 +107,15 @@ class Encoder:
         return Encoded(self._before + kept + self._after, dropped_tokens=len(ids) - limit)
 
 
+def _token_ids(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    # verbose=False: a text over the model's length is truncated here, it need not be warned of.
+    return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+
 def _surrounding(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the tokenizer puts before and after a text, found by looking."""
-    (plain,) = tokenizer([PROBE], add_special_tokens=False)["input_ids"]
-    (framed,) = tokenizer([PROBE], add_special_tokens=True)["input_ids"]
+    (plain,) = _token_ids(tokenizer, [PROBE], add_special_tokens=False)
+    (framed,) = _token_ids(tokenizer, [PROBE], add_special_tokens=True)
     for start in range(len(framed) - len(plain) + 1):
         if framed[start : start + len(plain)] == plain:
             return tuple(framed[:start]), tuple(framed[start + len(plain) :])

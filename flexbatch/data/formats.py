@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexbatch.data import arrow_framing
-from flexbatch.data.columns import ColumnType, canonical, infer
+from flexbatch.data.columns import ColumnType, Inference, canonical
 from flexbatch.data.sources import SourceFile
 from flexbatch.errors import DataError
 
 BATCH_ROWS = 256
-INFERENCE_ROWS = 1000  # records from which a JSONL shard's column types are inferred
+INFERENCE_ROWS = 10_000  # records from which a JSONL shard's column types are inferred
 COUNTED_BYTES = 64 << 20  # text files up to this size are counted row by row for `rows`
 LONGEST_CSV_FIELD = 256 << 20  # an unclosed quote would otherwise swallow the whole file
 
@@ -183,8 +183,15 @@ def _parse_line(file: SourceFile, number: int, line: bytes) -> Record:
 
 
 def _inspect_json(file: SourceFile) -> ShardLayout:
-    columns = infer(itertools.islice(_json_records(file), INFERENCE_ROWS))
-    return ShardLayout(columns, _count(file, lambda: _count_lines(file)))
+    return ShardLayout(infer_columns(_json_records(file)), _count(file, lambda: _count_lines(file)))
+
+
+def infer_columns(records: Iterator[Record]) -> dict[str, ColumnType]:
+    """Column types from the first `INFERENCE_ROWS` records, read in batches."""
+    inference = Inference()
+    for batch in batched(itertools.islice(records, INFERENCE_ROWS)):
+        inference.add(batch)
+    return inference.columns()
 
 
 def _count_lines(file: SourceFile) -> int:
@@ -196,7 +203,8 @@ def _count(file: SourceFile, count: Callable[[], int]) -> int | None:
     return count() if file.size <= (COUNTED_BYTES // 8 if file.compressed else COUNTED_BYTES) else None
 
 
-def _batched(records: Iterator[Record]) -> Iterator[list[Record]]:
+def batched(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Lists of `BATCH_ROWS` records."""
     while batch := list(itertools.islice(records, BATCH_ROWS)):
         yield batch
 
@@ -242,7 +250,7 @@ def _inspect_csv(file: SourceFile) -> ShardLayout:
 def _read_csv(file: SourceFile) -> Iterator[list[Record]]:
     records = _csv_records(file)
     header = next(records, [])
-    yield from _batched(dict(zip(header, values, strict=True)) for values in records)
+    yield from batched(dict(zip(header, values, strict=True)) for values in records)
 
 
 _INSPECTORS: dict[str, Callable[[SourceFile], ShardLayout]] = {
@@ -256,6 +264,6 @@ _READERS: dict[str, Callable[[SourceFile], Iterator[list[Record]]]] = {
     "arrow": _read_arrow,
     "saved": _read_arrow,
     "parquet": _read_parquet,
-    "jsonl": lambda file: _batched(_json_records(file)),
+    "jsonl": lambda file: batched(_json_records(file)),
     "csv": _read_csv,
 }

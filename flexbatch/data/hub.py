@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import urllib.error
 import urllib.request
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexbatch.data.columns import canonical, infer
-from flexbatch.data.formats import INFERENCE_ROWS, Record, ShardLayout
+from flexbatch.data.columns import canonical
+from flexbatch.data.formats import Record, ShardLayout, batched, infer_columns
 from flexbatch.data.sources import HubSource
 from flexbatch.errors import DataError
 
@@ -31,7 +30,7 @@ class HubShard:
     def inspect(self) -> ShardLayout:
         features = self.dataset.features
         if features is None:
-            columns = infer(itertools.islice(self.dataset, INFERENCE_ROWS))
+            columns = infer_columns(iter(self.dataset))
         else:
             columns = {field.name: canonical(field.type) for field in features.arrow_schema}
         splits = self.dataset.info.splits or {}
@@ -39,10 +38,8 @@ class HubShard:
         return ShardLayout(columns, rows or None)
 
     def read(self) -> Iterator[list[Record]]:
-        records = iter(self.dataset)
         try:
-            while batch := list(itertools.islice(records, INFERENCE_ROWS)):
-                yield batch
+            yield from batched(iter(self.dataset))
         except Exception as error:  # the library raises errors of many libraries
             raise DataError(
                 f"dataset.path: reading '{self._source.id}' failed: {_one_line(error)}",

@@ -3,8 +3,9 @@
     Source.open   finds the shards and checks that all of them are whole and have the same columns, before any work
     source.rows   streams them, in a fixed order, with memory bounded by a batch
 
-CSV has no types: its values are the strings in the file. JSONL has no schema: a column's type is the commonest among
-the first thousand records of a shard, and a key that is absent from a record is null.
+CSV has no types: its values are the strings in the file. JSONL has no schema: a column's type is that of the most of
+its values in a shard's first ten thousand records; a key that is absent from a record is null, and a key that first
+appears later than that is no column.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from flexbatch.config import DatasetConfig
 from flexbatch.errors import ConfigError, DataError
@@ -150,9 +151,14 @@ def _expand(path: str, config: DatasetConfig) -> list[_Found]:
             matches = sorted(name for name in filesystem.glob(root) if filesystem.isfile(name))
             if matches:
                 return [_Found(filesystem, name, _file_format(filesystem, name, config.format)) for name in matches]
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:  # fsspec knows the protocol, but needs a package for it
         raise DataError(
-            f"dataset.path: '{path}' cannot be opened: {error}", remedy="Check the path and its permissions."
+            f"dataset.path: '{path}' cannot be opened: {error}.",
+            remedy="Install what it names with pip, or copy the data to this machine.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"dataset.path: '{path}' cannot be opened: {error}.", remedy="Check the path and its permissions."
         ) from error
     here = f" (looked in {Path.cwd()})" if "://" not in path and not Path(path).is_absolute() else ""
     raise DataError(
@@ -256,7 +262,7 @@ def _file_format(filesystem: Any, path: str, wanted: str) -> str:
 
 
 def _name_shards(found: Sequence[_Found]) -> list[SourceFile]:
-    urls = [file.filesystem.unstrip_protocol(posixpath.normpath(file.path)) for file in found]
+    urls = [_url(file) for file in found]
     twice = [url for url, count in Counter(urls).items() if count > 1]
     if twice:
         raise DataError(
@@ -270,6 +276,11 @@ def _name_shards(found: Sequence[_Found]) -> list[SourceFile]:
             raise DataError(f"dataset.path: '{url}' is empty (0 bytes).", remedy="Remove it, or write it again.")
         files.append(SourceFile(url, url[len(common) :], file.format, size, file.filesystem, file.path, file.split))
     return files
+
+
+def _url(file: _Found) -> str:
+    local = isinstance(file.filesystem, LocalFileSystem)
+    return str(file.filesystem.unstrip_protocol(posixpath.normpath(file.path) if local else file.path))
 
 
 def _common_folder(urls: Sequence[str]) -> str:

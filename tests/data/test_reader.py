@@ -1,8 +1,11 @@
 """Rows: every format, every kind of path, the same identity; damaged input is told apart from short input."""
 
+import functools
 import gzip
+import http.server
 import io
 import json
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -283,11 +286,11 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("is_file", [False, True])
-def test_an_arrow_shard_cut_at_any_byte_is_refused_before_the_first_row(tmp_path: Path, is_file: bool) -> None:
+def test_an_arrow_shard_cut_anywhere_is_refused_before_the_first_row(tmp_path: Path, is_file: bool) -> None:
     whole = tmp_path / "whole.arrow"
     (write_file if is_file else write_stream)(whole)
     content = whole.read_bytes()
-    for length in range(1, len(content)):
+    for length in {*range(1, len(content), 5), *range(len(content) - 40, len(content))}:
         (tmp_path / "cut.arrow").write_bytes(content[:length])
         with pytest.raises(DataError, match=r"cut\.arrow"):
             Source.open(DatasetConfig(path=str(tmp_path / "cut.arrow")))
@@ -376,6 +379,41 @@ def test_json_records_may_lack_keys(tmp_path: Path) -> None:
     source = Source.open(DatasetConfig(path=str(tmp_path)))
     assert source.columns["n"].name == "double"
     assert [row.fields["n"] for row in source.rows()] == [None, 1, 2.5]
+
+
+def test_a_json_column_that_is_null_for_long_is_still_a_column(tmp_path: Path) -> None:
+    lines = ['{"text": "a", "more": null}\n'] * 600 + [
+        '{"text": "a", "more": 5, "late": {"a": 1}}\n',
+        '{"late": {"b": 2}}\n',
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n')
+    columns = Source.open(DatasetConfig(path=str(tmp_path))).columns
+    assert {name: kind.name for name, kind in columns.items()} == {
+        "text": "string",
+        "more": "int64",
+        "late": "struct<a: int64, b: int64>",
+    }
+    assert Source.open(DatasetConfig(path=str(tmp_path / "b.jsonl"))).columns["text"].name == "string"
+
+
+def test_a_web_address_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads web addresses with aiohttp")
+    write_jsonl(tmp_path / "a.jsonl")
+    write_parquet(tmp_path / "b.parquet")
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert [row.id for row in read(f"{address}/a.jsonl", limit=2)] == ["a.jsonl:0", "a.jsonl:1"]
+        assert len(read(f"{address}/b.parquet")) == 5
+        assert "names nothing that exists" in fails(f"{address}/missing.jsonl")
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
+        pass
 
 
 def test_a_type_that_changes_between_json_shards_is_named(tmp_path: Path) -> None:
