@@ -77,6 +77,10 @@ class Encoder:
                 remedy="Leave prompt.system empty if the model has no system message; or prompt.chat_template=false.",
             ) from error
 
+    @property
+    def chat_template(self) -> Any:
+        return self._tokenizer.chat_template
+
     def chat(self, text: str) -> str:
         """The text as the user's message, in the form of the model's conversations, up to the model's turn."""
         messages = [{"role": "system", "content": self._config.system}] if self._config.system else []

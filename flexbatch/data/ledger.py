@@ -90,9 +90,14 @@ class Ledger:
         return self._saved
 
     @property
+    def rows_written(self) -> int:
+        """Rows in written parts. The job is over when these are all: a finished row may still wait for its part."""
+        return sum(self._parts.values())
+
+    @property
     def rows_done(self) -> int:
-        """Rows in written parts, and finished rows in the journal."""
-        return sum(self._parts.values()) + self._journal.finished_rows
+        """Rows in written parts, and finished rows in the journal: for progress."""
+        return self.rows_written + self._journal.finished_rows
 
     def set_total(self, rows: int) -> None:
         """How many rows the whole job has, once that is known."""

@@ -45,8 +45,15 @@ class PromptBuilder:
         key = "prompt.template_file" if config.template_file else "prompt.template"
         source = read_template(config.template_file) if config.template_file else config.template
         self._template = Template(source, columns, key=key)
+        self._source = source
         self._checked = sorted(self._template.variables | set(self._carried))
         self.prefix = _examples(config, source)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For the run's fingerprint: the texts that files and the tokenizer add to the options."""
+        chat = {"chat_template": str(self._encoder.chat_template)} if self._config.chat_template else {}
+        return {"template": self._source, "examples": self.prefix, **chat}
 
     def build(self, rows: Sequence[Row]) -> list[Prompt]:
         """`generation.num_completions` prompts for each row, in the rows' order; a row that fails gets an `error`."""

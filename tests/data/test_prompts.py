@@ -87,6 +87,18 @@ def test_a_template_may_come_from_a_file(tmp_path: Path) -> None:
     assert "nowhere.jinja" in refused(PromptError, template_file=str(tmp_path / "nowhere.jinja"))
 
 
+def test_the_identity_holds_what_files_say_not_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("File: {{ text }}")
+    config = PromptConfig(template_file=str(tmp_path / "t.jinja"), shots=SHOTS, shot_count=1, chat_template=True)
+    tokenizer = byte_tokenizer(chat=CHAT)
+    builder = PromptBuilder(config, GenerationConfig(), tokenizer, columns={"text": STRING})
+    assert builder.identity == {
+        "template": "File: {{ text }}",
+        "examples": "File: 1+1 2\n\n",
+        "chat_template": CHAT,
+    }
+
+
 def test_a_column_that_is_missing_is_refused_before_the_first_row_with_the_near_miss() -> None:
     message = refused(PromptError, {"question": "a", "text": "b"}, template="{{ text }} {{ qestion }}")
     assert "'qestion'" in message
