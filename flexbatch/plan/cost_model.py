@@ -229,7 +229,7 @@ def gemm_format(spec: ModelSpec, policy: Policy) -> str:
     return "int8" if policy.compute == "int8" else spec.compute_dtype
 
 
-def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: int) -> float:
+def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: float) -> float:
     return hardware.gemm_rate(spec.compute_dtype, rows)
 
 

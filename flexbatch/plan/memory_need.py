@@ -11,13 +11,10 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.placement import place_bytes, place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
-from flexbatch.plan.workload import Workload, columns, joining_limit
+from flexbatch.plan.workload import Workload, columns, joining_limit, span
 
 # A prefill micro-batch has about this many padded tokens (the engine's schedule packs them so).
 MICRO_BATCH_TOKENS = 2048
-
-# Columns of the KV arena between two shifts.
-COLUMN_SLACK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
     per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec)) / len(spec.layers)
-    return math.ceil(columns(_as_run(workload, policy), COLUMN_SLACK) * per_token)
+    return math.ceil(columns(_as_run(workload, policy)) * per_token)
 
 
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
@@ -123,7 +120,7 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if policy.kv_bits < 16:
         plain = spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers)
-        items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(policy.slots * columns(workload, 0) * plain)))
+        items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(policy.slots * span(workload) * plain)))
     if workload.shared_tokens:
         groups = math.ceil(policy.slots / workload.rows_per_group) + 1
         nbytes = groups * workload.shared_tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
@@ -139,7 +136,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     one_batch = min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
-    attended = policy.slots * columns(workload, 0)
+    attended = policy.slots * span(workload)
     waiting = (tokens + policy.slots) * spec.hidden_size * size
     logits = (policy.slots + joining) * spec.vocab_size * (size + 4)
     share = policy.hidden

@@ -1,4 +1,4 @@
-"""Chooses the policy of a run: slots and prefill by enumeration, shares by linear program, feasibility by exact bytes."""
+"""Chooses the policy of a run: slots and prefill by enumeration, shares by linear program, exact bytes at the end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def pick(predictions: Sequence[Prediction]) -> Prediction:
     return min(close, key=lambda prediction: (prediction.policy.slots, prediction.seconds))
 
 
-def base_policy(hardware: HardwareProfile, offload: OffloadConfig) -> Policy:
+def base_policy(offload: OffloadConfig) -> Policy:
     """The user's formats and budgets; everything on the device, one slot."""
     prefetch = 0 if str(offload.prefetch_bytes) == "auto" else parse_bytes(offload.prefetch_bytes, key="prefetch_bytes")
     return Policy(
@@ -86,7 +86,7 @@ def _automatic(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
 ) -> Iterator[Prediction]:
     """The linear program's best candidates, rounded and predicted."""
-    base = base_policy(hardware, offload)
+    base = base_policy(offload)
     ranked: list[tuple[float, Policy]] = []
     for policy in _enumerated(workload, offload, base):
         hosts = (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,)
@@ -189,7 +189,7 @@ def _manual(
 ) -> Iterator[Prediction]:
     """The user's shares, with every slots and prefill that he left open."""
     weights, kv, hidden = Policy.percent_shares(list(offload.percent))
-    base = replace(base_policy(hardware, offload), weights=weights, kv=kv, hidden=hidden)
+    base = replace(base_policy(offload), weights=weights, kv=kv, hidden=hidden)
     for policy in _enumerated(workload, offload, base):
         if limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None:
             yield predict(spec, hardware, workload, policy)
@@ -199,7 +199,7 @@ def infeasible(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
 ) -> CapacityError:
     """Which limit cannot be met, by how much, and the smallest change that would make the run feasible."""
-    base = base_policy(hardware, offload)
+    base = base_policy(offload)
     smallest = next(_enumerated(workload, offload, base))
     if offload.policy == "manual":
         weights, kv, hidden = Policy.percent_shares(list(offload.percent))
@@ -221,8 +221,8 @@ def infeasible(
     elif offload.policy == "manual":
         change += ", or lower that tier's share in offload.percent"
     return CapacityError(
-        f"{spec.name or 'the model'} does not fit: with {least.slots} slots it needs at least {gibibytes(peak[tier])} on "
-        f"the {tier.value} ({what}), and the limit is {gibibytes(limits.of(tier))}.",
+        f"{spec.name or 'the model'} does not fit: with {least.slots} slots it needs at least "
+        f"{gibibytes(peak[tier])} on the {tier.value} ({what}), and the limit is {gibibytes(limits.of(tier))}.",
         remedy=change + ".",
     )
 

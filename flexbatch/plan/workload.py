@@ -141,7 +141,16 @@ def _simulate(
     return dict(loads), dict(ramp)
 
 
-def columns(workload: Workload, slack: int) -> int:
-    """Columns of the KV arena: the longest row that can be, and room between two shifts."""
-    own = workload.longest_prompt - math.floor(workload.shared_tokens)
-    return max(1, own) + workload.longest_new + slack
+def span(workload: Workload) -> int:
+    """The longest that a row's own part can get: prompt without the shared prefix, and completion."""
+    return max(1, workload.longest_prompt - math.floor(workload.shared_tokens)) + workload.longest_new
+
+
+def columns(workload: Workload) -> int:
+    """Columns of the KV arena: the longest row, and room between two shifts."""
+    return span(workload) + column_slack(span(workload))
+
+
+def column_slack(longest: int) -> int:
+    """Columns between two shifts of the arena, which costs a copy of it: a quarter of a row, 32 at the least."""
+    return max(32, longest // 4)

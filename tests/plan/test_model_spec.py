@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def config_of(name: str) -> dict[str, Any]:
-    return {"model_type": name.split("-")[0], "dtype": "bfloat16", **FAMILIES[name]}
+    return {"model_type": name.split("-", 1)[0], "dtype": "bfloat16", **FAMILIES[name]}
 
 
 def small_model(config: dict[str, Any]) -> torch.nn.Module:

@@ -1,0 +1,351 @@
+"""Measures the machine: the figures of a `HardwareProfile`, in under a minute, kept for the next run.
+
+Every figure is taken at the shapes of real work (a hidden size of 4096, heads of 128, weights that are not in a cache),
+as the best of a few rounds, because other processes only ever add time. Rates are kept in a file named by processor,
+accelerator, memory, threads and library versions; free memory and disk space are looked up anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flexbatch.errors import ConfigError
+from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
+from flexbatch.memory.tiers import available_memory
+from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
+
+logger = logging.getLogger(__name__)
+
+# Raise it when a measurement changes meaning: older files are then measured again.
+MEASUREMENT_VERSION = 1
+
+ROWS = (1, 4, 16, 64, 256, 1024)
+HIDDEN = 4096
+READ_BYTES = 8 << 20
+READ_THREADS = 4
+FILE_BYTES = 512 << 20
+
+# Memory that the process takes beyond what it has when the plan is made: kernels' scratch space, tokens, buffers.
+PROCESS_GROWTH = 96 << 20
+
+
+def measure_hardware(
+    device: torch.device, disk_folder: Path, cache_folder: Path, *, refresh: bool = False
+) -> HardwareProfile:
+    """This machine's profile. Rates come from `cache_folder` where they were measured before, unless `refresh`.
+
+    `disk_folder` (made if need be) is where reads and writes are measured. Raises `ConfigError` for a device that this
+    machine or this build of torch does not have.
+    """
+    check_device(device)
+    disk_folder.mkdir(parents=True, exist_ok=True)
+    identity = machine_identity(device, disk_folder)
+    file = cache_folder.expanduser() / f"hardware-{_digest(identity)}.json"
+    rates = None if refresh else _kept(file, identity)
+    if rates is None:
+        started = time.perf_counter()
+        logger.info("Measuring this machine once (under a minute)")
+        rates = _measure(device, disk_folder)
+        logger.info("Measured in %.0f s; kept in %s", time.perf_counter() - started, file)
+        _keep(file, identity, rates)
+    return profile_from_mapping({**rates, **_room(device, disk_folder)}, where=str(file))
+
+
+def check_device(device: torch.device) -> None:
+    there: dict[str, Callable[[], bool]] = {
+        "cpu": lambda: True,
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if device.type not in there or not there[device.type]():
+        raise ConfigError(
+            f"offload.device is {device}, which this machine or this build of torch does not have.",
+            remedy="Set offload.device=cpu, or install a torch build for the accelerator.",
+        )
+
+
+def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
+    """What the rates depend on."""
+    return {
+        "version": MEASUREMENT_VERSION,
+        "processor": _processor(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "disk": os.stat(disk_folder).st_dev,  # noqa: PTH116 - of the folder itself
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _measure(device: torch.device, disk_folder: Path) -> dict[str, Any]:
+    read, write, read_cpu = _disk(disk_folder)
+    to_device, to_host = _links(device)
+    layer, one_pass = _calls(device)
+    return {
+        "name": "this machine",
+        "device": device.type,
+        "cores": _cores(),
+        "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
+        "attention_flops": _prefill_attention(device),
+        "attention_bytes": _decode_attention(device),
+        "host_attention_bytes": _decode_attention(torch.device("cpu")),
+        "memory_copy": _copy_rate(torch.device("cpu"), torch.device("cpu")),
+        "disk_read": read,
+        "disk_write": write,
+        "host_to_device": to_device,
+        "device_to_host": to_host,
+        "dequantize_numbers": _dequantise_rate(device),
+        "read_cpu_seconds": read_cpu,
+        "layer_call_seconds": layer,
+        "pass_seconds": one_pass,
+    }
+
+
+def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
+    """What is free now. On a CPU the device's memory counts what this process already holds, as limits do."""
+    held = psutil.Process().memory_info().rss
+    free = available_memory()
+    disk = shutil.disk_usage(disk_folder).free
+    if device.type == "cuda":
+        on_device, _ = torch.cuda.mem_get_info(device)
+        return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
+    return {
+        "device_memory": free + held,
+        "host_memory": 0 if device.type == "cpu" else free,
+        "disk_space": disk,
+        "process_bytes": held + PROCESS_GROWTH,
+    }
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int = 5, at_least: float = 0.02) -> float:
+    """Least seconds of one call, after one call to warm up; short calls are repeated within a round."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def once(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        wait()
+        return (time.perf_counter() - started) / times
+
+    once(1)
+    first = once(1)
+    times = max(1, min(1000, int(at_least / max(first, 1e-7))))
+    return min(once(times) for _ in range(rounds if first < 0.2 else 2))
+
+
+def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]:
+    kinds = [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in kinds if device.type != "cpu" else kinds[:2]:
+        name = str(dtype).removeprefix("torch.")
+        yield name, {rows: _gemm_rate(device, dtype, rows) for rows in ROWS}
+    if device.type == "cpu":
+        yield "int8", {rows: _int8_rate(rows) for rows in ROWS}
+
+
+@torch.inference_mode()
+def _gemm_rate(device: torch.device, dtype: torch.dtype, rows: int) -> float:
+    """FLOP/s of a linear layer whose weights come from memory: several matrices in turn, larger than a cache."""
+    count = 4 if rows <= 64 else 2
+    weights = [torch.randn(HIDDEN, HIDDEN, dtype=dtype, device=device) for _ in range(count)]
+    inputs = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
+
+    def work() -> None:
+        for weight in weights:
+            functional.linear(inputs, weight)
+
+    return 2.0 * rows * HIDDEN * HIDDEN * count / seconds_of(work, device, rounds=3)
+
+
+@torch.inference_mode()
+def _int8_rate(rows: int) -> float:
+    weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8) for _ in range(2)]
+    inputs = torch.randint(-9, 9, (max(rows, 1), HIDDEN), dtype=torch.int8)
+
+    def work() -> None:
+        for weight in weights:
+            torch._int_mm(inputs, weight.t())
+
+    return 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds_of(work, torch.device("cpu"), rounds=3)
+
+
+def _attention_dtype(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+@torch.inference_mode()
+def _prefill_attention(device: torch.device) -> float:
+    """FLOP/s over all pairs of 512 positions, with a mask as padded prompts have one."""
+    heads, length, size = 16, 512, 64
+    query, key, value = (
+        torch.randn(1, heads, length, size, dtype=_attention_dtype(device), device=device) for _ in range(3)
+    )
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+    seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
+    return 4.0 * heads * length * length * size / seconds
+
+
+@torch.inference_mode()
+def _decode_attention(device: torch.device) -> float:
+    """KV bytes per second for one query per row, read through the arena's strides (a column range of longer rows)."""
+    rows, heads, length, size = 8, 16, 512, 64
+    dtype = _attention_dtype(device)
+    keys, values = (
+        torch.randn(rows, heads, length + 160, size, dtype=dtype, device=device)[:, :, 80 : 80 + length]
+        for _ in range(2)
+    )
+    query = torch.randn(rows, heads, 1, size, dtype=dtype, device=device)
+    mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
+    seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask), device)
+    return 2.0 * rows * heads * length * size * dtype.itemsize / seconds
+
+
+def _copy_rate(source: torch.device, target: torch.device) -> float:
+    pin = "cuda" in (source.type, target.type)
+    nbytes = 128 << 20
+    made = [
+        torch.zeros(nbytes, dtype=torch.uint8, device=each, pin_memory=pin and each.type == "cpu")
+        for each in (source, target)
+    ]
+    watched = source if source.type != "cpu" else target
+    return nbytes / seconds_of(lambda: made[1].copy_(made[0], non_blocking=True), watched)
+
+
+def _links(device: torch.device) -> tuple[float, float]:
+    cpu = torch.device("cpu")
+    return _copy_rate(cpu, device), _copy_rate(device, cpu)
+
+
+@torch.inference_mode()
+def _dequantise_rate(device: torch.device) -> float:
+    """Numbers per second from packed four bits to the compute type, in groups of 32 with a scale and a minimum."""
+    count, group = HIDDEN * HIDDEN, 32
+    packed = torch.randint(0, 255, (count // group, group // 2), dtype=torch.uint8, device=device)
+    scale, least = (torch.randn(count // group, 1, dtype=_attention_dtype(device), device=device) for _ in range(2))
+
+    def work() -> torch.Tensor:
+        numbers = torch.stack([packed & 15, packed >> 4], dim=-1).view(count // group, group)
+        return numbers.to(scale.dtype).mul_(scale).add_(least)
+
+    return count / seconds_of(work, device)
+
+
+@torch.inference_mode()
+def _calls(device: torch.device) -> tuple[float, float]:
+    """Seconds of calling one tiny layer, and of everything else in a call of the model."""
+    fields = {"vocab_size": 512, "hidden_size": 64, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64}
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    seconds = []
+    for layers in (2, 10):
+        config = AutoConfig.for_model("opt", num_hidden_layers=layers, **fields)
+        model = AutoModelForCausalLM.from_config(config).to(device).eval()  # type: ignore[no-untyped-call]
+        seconds.append(seconds_of(partial(model, input_ids=ids, use_cache=False), device))
+    layer = max(1e-6, (seconds[1] - seconds[0]) / 8)
+    return layer, max(1e-6, seconds[0] - 2 * layer)
+
+
+def _disk(folder: Path) -> tuple[float, float, float]:
+    """Bytes per second read (several threads, past the page cache) and written (to the medium), core-seconds per byte
+    read."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="flexbatch-measure-") as made:
+        file = Path(made) / "block"
+        block = os.urandom(READ_BYTES)
+        started = time.perf_counter()
+        with file.open("wb") as stream:
+            for _ in range(min(FILE_BYTES, shutil.disk_usage(folder).free // 4) // READ_BYTES):
+                stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())
+        nbytes = file.stat().st_size
+        written = nbytes / (time.perf_counter() - started)
+        seconds, processor = _read_all(file, nbytes)
+    return nbytes / seconds, written, processor / nbytes
+
+
+def _read_all(file: Path, nbytes: int) -> tuple[float, float]:
+    """Wall seconds and summed core-seconds of reading the file with several threads into reused buffers."""
+    reader = DirectReader()
+    buffers = [AlignedBuffer(READ_BYTES + (1 << 16)) for _ in range(READ_THREADS)]
+    cpu = [0.0] * READ_THREADS
+
+    def read(thread: int) -> None:
+        started = time.thread_time()
+        for offset in range(thread * READ_BYTES, nbytes - READ_BYTES + 1, READ_THREADS * READ_BYTES):
+            reader.read(file, offset, READ_BYTES, buffers[thread], 0)
+        cpu[thread] = time.thread_time() - started
+
+    rounds = []
+    for _ in range(3):
+        threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rounds.append(time.perf_counter() - started)
+    reader.close()
+    return min(rounds), sum(cpu)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _kept(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The rates in `file`; None where there are none, or none that can be read, or another machine's."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("machine") != identity:
+        return None
+    rates = content.get("rates")
+    return rates if isinstance(rates, dict) else None
+
+
+def _keep(file: Path, identity: dict[str, Any], rates: dict[str, Any]) -> None:
+    """Written beside and renamed, so that another run never sees half a file. A cache that cannot be written is none."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.tmp")
+        content = json.dumps({"machine": identity, "rates": rates}, indent=1)
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        logger.warning("The measurements could not be kept in %s: %s", file, error)
