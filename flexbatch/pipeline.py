@@ -44,7 +44,7 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
         save_config(config, overrides, folder)
         if work.total is not None:
             ledger.set_total(work.total)
-        if work.total is None or ledger.rows_done < work.total:
+        if work.total is None or ledger.rows_written < work.total:
             _generate(config, model, work, chosen, ledger, writer, stop)
         summary = summarize_run(folder, work, model, time.monotonic() - started)
     write_report(folder)

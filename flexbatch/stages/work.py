@@ -84,7 +84,7 @@ def _dataset_work(config: Config, model: Model) -> Work:
         carried={name: source.columns[name] for name in wanted},
         identity={
             "dataset": described.fingerprint() | _subset(config.dataset, "split", "id_column", "limit"),
-            "prompt": asdict(prompt_config) | {"examples": builder.prefix},
+            "prompt": asdict(prompt_config) | builder.identity,
         },
         window=config.prompt.window,
         part_rows=config.output.part_rows,
