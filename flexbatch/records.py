@@ -41,6 +41,7 @@ class Request:
     an earlier attempt already generated (from the journal), `resumed_logprobs` their log-probabilities; they count
     towards `max_new_tokens` and are part of the completion. With `score_tokens` the last that many prompt tokens are
     scored instead of anything generated: prefill only.
+    `shared_tokens` leading prompt tokens are those of its prefix group: their KV may be computed once for the group.
     `constraint` names a decoding constraint (JSON schema, regular expression, choices) registered with the engine.
     """
 
@@ -51,6 +52,7 @@ class Request:
     resumed_logprobs: tuple[float, ...] = ()
     score_tokens: int = 0
     constraint: str = ""
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,14 @@ class Prompt:
     `error` is not empty where the row cannot be run (template failed, over-long with `truncation=error`); it then
     becomes an output row with `finish_reason=error`. `carried` are the source columns to copy to the output.
     `dropped_tokens` were cut by truncation. `sampling` may differ between rows (scenarios have their own lengths and
-    stop strings). `completion_index` counts the completions of one row, where several are asked for.
+    stop strings). `shared_tokens` leading tokens are shared with other prompts of its window (a prefix group).
+    `completion_index` counts the completions of one row, where several are asked for.
     """
 
     row: Row
     token_ids: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    shared_tokens: int = 0
     carried: Mapping[str, Any] = field(default_factory=dict)
     dropped_tokens: int = 0
     completion_index: int = 0

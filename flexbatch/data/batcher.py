@@ -6,10 +6,10 @@ Order is what makes a run resumable: a prompt is known by its index in it, in th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from flexbatch.data.prefix_groups import group_window
 from flexbatch.records import Prompt
 
 
@@ -23,18 +23,8 @@ class Placed:
     prompt: Prompt
 
 
-def longest_first(prompt: Prompt) -> Any:
-    """The key of the order inside a window.
-
-    By length, so that prompts prefilled together are padded little; the longest first, so that a window ends with
-    short ones. Prompts of one length keep their input order (the sort is stable), which leaves the completions of one
-    row and the rows of one few-shot set beside each other.
-    """
-    return -len(prompt.token_ids)
-
-
-def job_order(prompts: Iterable[Prompt], window: int, key: Callable[[Prompt], Any] = longest_first) -> Iterator[Prompt]:
-    """The prompts, sorted by `key` inside windows of `window` prompts; the windows stay in input order.
+def job_order(prompts: Iterable[Prompt], window: int) -> Iterator[Prompt]:
+    """The prompts in their groups and by length inside windows of `window` prompts; windows stay in input order.
 
     Depends on the input and `window` alone. Holds one window in memory.
     """
@@ -42,7 +32,7 @@ def job_order(prompts: Iterable[Prompt], window: int, key: Callable[[Prompt], An
         raise ValueError(f"window is {window}; it must be at least 1")
     source = iter(prompts)
     while block := list(itertools.islice(source, window)):
-        yield from sorted(block, key=key)
+        yield from group_window(block)
 
 
 def split_parts(order: Iterable[Prompt], part_rows: int) -> Iterator[Placed]:

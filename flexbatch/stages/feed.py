@@ -53,4 +53,5 @@ class Feed:
             resumed_logprobs=saved.logprobs if saved else (),
             score_tokens=prompt.score_tokens,
             constraint=prompt.constraint,
+            shared_tokens=prompt.shared_tokens,
         )
