@@ -15,6 +15,7 @@ import numpy as np
 from flexbatch.config import JobConfig
 from flexbatch.errors import ConfigError
 from flexbatch.evaluation.fields import PREFIX, VALID, Target, read_target
+from flexbatch.evaluation.grammar import check_grammar
 from flexbatch.evaluation.metrics import TextMetric, f1_score, load_metric, quasi_exact_match
 from flexbatch.evaluation.summary import Estimate, ScenarioScores, Scores, estimate_mean
 
@@ -46,11 +47,15 @@ def build_row_scorer(job: JobConfig) -> RowScorer | None:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Fields of documents. `gold` maps a field to the source column with its true value (`column.key` goes inside)."""
+    """Fields of documents. `gold` maps a field to the source column with its true value (`column.key` goes inside).
+
+    With `constrain` every row is decoded under `constraints.compile_constraint(target, ...)`.
+    """
 
     name: str
     target: Target
     gold: Mapping[str, str]
+    constrain: bool = True
 
     @property
     def source_columns(self) -> tuple[str, ...]:
@@ -108,7 +113,9 @@ def build_extraction(job: JobConfig) -> Extraction:
             raise ConfigError(
                 f"job.gold.{name}: there is no such field", remedy=f"The fields are {', '.join(target.fields)}."
             )
-    return Extraction(job.name, target, dict(job.gold))
+    if job.constrain:
+        check_grammar(target)
+    return Extraction(job.name, target, dict(job.gold), job.constrain)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def test_without_gold_the_invalid_rate_is_what_is_reported() -> None:
         ({"schema": ["a", "a"]}, "job.schema"),
         ({"schema": 3}, "job.schema is 3"),
         ({"schema": "no/such/file.json"}, "cannot read no/such/file.json"),
+        ({"schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "job.schema cannot be enforced"),
         ({"schema": ["name"], "gold": {"nane": "n"}}, "job.gold.nane: there is no such field"),
     ],
 )
