@@ -66,6 +66,10 @@ def read(file: SourceFile) -> Iterator[list[Record]]:
 def _explained(file: SourceFile) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise DataError(
+            f"dataset.path: '{file.url}' may not be read: {error.strerror}.", remedy="Check the file's permissions."
+        ) from error
     except (pa.ArrowException, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
