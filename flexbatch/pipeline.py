@@ -67,7 +67,7 @@ def _generate(
 ) -> None:
     """The part of a run that needs the model in memory."""
     engine = _open_engine(config, model, work, chosen, ledger)
-    with Timeline(ledger.folder) as timeline, Progress(work.total or 0, ledger.rows_done, sys.stderr) as progress:
+    with Timeline(ledger.folder) as timeline, Progress(work.total, ledger.rows_done, sys.stderr) as progress:
 
         def on_pass(result: PassResult, rows_done: int) -> None:
             progress.update(result, rows_done)
@@ -76,6 +76,7 @@ def _generate(
 
         try:
             generate(engine, work, ledger, writer, on_pass)
+            progress.finish(ledger.rows_done)
         finally:
             engine.close()
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TextIO
@@ -37,10 +37,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is shown. Rates are means over the window; `seconds_left` is infinite until a row has finished."""
+    """What is shown. Rates are means over the window; `seconds_left` is infinite while nobody can know it."""
 
     rows_done: int
-    total_rows: int
+    total_rows: int | None
     rows_in_flight: int
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
@@ -50,12 +50,12 @@ class Snapshot:
     seconds_left: float
 
 
-def snapshot(samples: deque[Sample], total_rows: int, rows_in_flight: int, started: float) -> Snapshot:
+def snapshot(samples: deque[Sample], total_rows: int | None, rows_in_flight: int, started: float) -> Snapshot:
     """Rates between the oldest and the newest sample of the window."""
     first, last = samples[0], samples[-1]
     seconds = max(last.seconds - first.seconds, 1e-9)
     row_rate = (last.rows - first.rows) / seconds
-    left = total_rows - last.rows
+    left = math.inf if total_rows is None else total_rows - last.rows
     return Snapshot(
         rows_done=last.rows,
         total_rows=total_rows,
@@ -107,11 +107,17 @@ def traffic_text(bytes_per_second: Mapping[str, float]) -> str:
     )
 
 
+def rows_text(now: Snapshot) -> str:
+    if now.total_rows is None:
+        return f"{now.rows_done:,} rows"
+    share = now.rows_done / now.total_rows if now.total_rows else 1.0
+    return f"{now.rows_done:,}/{now.total_rows:,} rows ({share:.0%})"
+
+
 def line_text(now: Snapshot, clock: datetime) -> str:
     """The whole state in one plain line."""
-    share = now.rows_done / now.total_rows if now.total_rows else 1.0
     parts = [
-        f"{now.rows_done:,}/{now.total_rows:,} rows ({share:.0%})",
+        rows_text(now),
         f"{rate_text(now.decode_tokens_per_second)} tokens/s",
         f"prefill {rate_text(now.prefill_tokens_per_second)} tokens/s",
         f"{now.rows_in_flight:,} in flight",
@@ -121,7 +127,7 @@ def line_text(now: Snapshot, clock: datetime) -> str:
         parts.append(traffic)
     if now.wait_share >= 0.005:
         parts.append(f"waiting {now.wait_share:.0%}")
-    if now.rows_done >= now.total_rows:
+    if now.seconds_left == 0:
         parts.append(f"done in {duration_text(now.elapsed)}")
     else:
         parts.append(f"{duration_text(now.seconds_left)} left, done at {finish_text(now.seconds_left, clock)}")
@@ -132,8 +138,10 @@ def panel(now: Snapshot, clock: datetime) -> Group:
     """The same for a terminal, on four lines that stay where they are."""
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
-        ProgressBar(total=max(now.total_rows, 1), completed=now.rows_done, width=40),
-        f"{now.rows_done:,} of {now.total_rows:,} rows, {now.rows_in_flight:,} in flight",
+        ProgressBar(
+            total=None if now.total_rows is None else max(now.total_rows, 1), completed=now.rows_done, width=40
+        ),
+        f"{rows_text(now)}, {now.rows_in_flight:,} in flight",
     )
     left = f"{duration_text(now.seconds_left)} left, done at {finish_text(now.seconds_left, clock)}"
     return Group(
@@ -143,7 +151,7 @@ def panel(now: Snapshot, clock: datetime) -> Group:
             f"{rate_text(now.prefill_tokens_per_second)} tokens/s of prompts"
         ),
         Text(f"  {traffic_text(now.bytes_per_second) or 'no bytes moved'}; {now.wait_share:.0%} of the time waiting"),
-        Text(f"  {duration_text(now.elapsed)} so far, {left}" if now.rows_done < now.total_rows else "  done"),
+        Text(f"  {duration_text(now.elapsed)} so far, {left}" if now.seconds_left else "  done"),
     )
 
 
@@ -154,7 +162,7 @@ class Progress:
     The finish time comes from the rows finished in the last minutes of this attempt alone. Nothing here waits.
     """
 
-    total_rows: int
+    total_rows: int | None
     already_done: int = 0
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     every_seconds: float = 5.0
@@ -205,6 +213,12 @@ class Progress:
         self._forget(now)
         if self._live is None and now - self._printed >= self.every_seconds:
             self._print()
+
+    def finish(self, rows_done: int) -> None:
+        """The last word: rows that no pass has brought (errors, rows taken over from the journal) count too."""
+        self._samples.append(replace(self._samples[-1], seconds=self.clock(), rows=rows_done))
+        self._in_flight = 0
+        self.total_rows = rows_done if self.total_rows is None else self.total_rows
 
     @property
     def now(self) -> Snapshot:

@@ -115,6 +115,18 @@ def test_a_job_without_rows_is_done() -> None:
     assert "0/0 rows (100%)" in stream.getvalue()
 
 
+def test_a_job_of_unknown_length_makes_no_share_up_and_ends_as_done() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(None, stream=stream, clock=clock) as progress:
+        drive(progress, clock, 6)
+        progress.finish(7)
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("5 rows | ")
+    assert "? left" in first
+    assert last.startswith("7/7 rows (100%)")
+    assert "done in 6 s" in last
+
+
 def test_a_terminal_gets_a_live_display_with_the_same_facts() -> None:
     reader, writer = pty.openpty()
     clock = Clock()
@@ -129,7 +141,7 @@ def test_a_terminal_gets_a_live_display_with_the_same_facts() -> None:
         pass  # the other end is closed
     os.close(reader)
     text = shown.decode()
-    assert "3 of 100 rows" in text
+    assert "3/100 rows" in text
     assert "disk>device 2.00 GB/s" in text
     assert "tokens/s generated" in text
 
