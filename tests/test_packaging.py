@@ -23,10 +23,21 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=!\[; ]", text)[0].lower().replace("_", "-") for text in requirements}
 
 
-def imported_packages() -> dict[str, Path]:
+def distribution(name: str) -> str:
+    return DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
+
+
+def is_optional(file: Path) -> bool:
+    """Integrations with other tools and the peers of the benchmark are for those who install an extra."""
+    return bool({"integrations", "bench"} & set(file.parts))
+
+
+def imported_packages(*, core: bool = False) -> dict[str, Path]:
     """Every third-party package that the source imports, at the top of a file or inside a function."""
     found = {}
     for file in sorted((REPOSITORY / "flexbatch").rglob("*.py")):
+        if core and is_optional(file):
+            continue
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -39,12 +50,13 @@ def test_every_import_is_a_declared_dependency() -> None:
     extras = [text for group in PROJECT["optional-dependencies"].values() for text in group]
     declared = requirement_names([*PROJECT["dependencies"], *extras])
     for name, file in imported_packages().items():
-        distribution = DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
-        assert distribution in declared, f"{file} imports {name}"
+        assert distribution(name) in declared, f"{file} imports {name}"
+    for name, file in imported_packages(core=True).items():
+        assert distribution(name) in requirement_names(PROJECT["dependencies"]), f"{file} imports {name}"
 
 
 def test_every_core_dependency_is_used() -> None:
-    used = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported_packages()}
+    used = {distribution(name) for name in imported_packages()}
     assert requirement_names(PROJECT["dependencies"]) <= used
 
 
