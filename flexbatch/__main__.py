@@ -193,6 +193,11 @@ def main(arguments: Sequence[str]) -> int:
 
             print(f"flexbatch {__version__}")
             return 0
+        if arguments and arguments[0] == "--complete":
+            from flexbatch.completion import complete
+
+            print("\n".join(complete(os.environ, list(VERBS))))
+            return 0
         verb, rest = choose_verb(arguments)
         return verb(rest)
     except BrokenPipeError:
