@@ -19,8 +19,9 @@ class Task:
     """A generator with its prompt form. `choices` numbers the references with letters and answers with a letter.
 
     `end` follows the last answer in training: the newline that HELM stops at, or nothing where the end-of-sequence
-    token alone ends the answer. `shots` is the largest number of examples, `weight` the share of training prompts and
-    `answer_weight` that of an answer's token in the loss.
+    token alone ends the answer. `shots` is the largest number of examples, `weight` the share of training prompts
+    (with `first_weight` added at the start, while copying is learnt) and `answer_weight` that of an answer's token in
+    the loss.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     choices: bool = False
     shots: int = 9
     weight: float = 1.0
+    first_weight: float = 0.0
     end: str = "\n"
     answer_weight: float = 1.0
 
@@ -57,7 +59,12 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "pattern_match", instances.pattern_match, "Please solve the following problem.\n", "", "Target: ", weight=2.0
+            "pattern_match",
+            instances.pattern_match,
+            "Please solve the following problem.\n",
+            "",
+            "Target: ",
+            weight=2.0,
         ),
         Task(
             "variable_substitution",
@@ -75,6 +82,7 @@ TASKS = {
             "Answer: ",
             choices=True,
             weight=2.0,
+            answer_weight=3.0,
         ),
         Task(
             "field_extraction",
@@ -82,8 +90,9 @@ TASKS = {
             "Give the value of the field.\n",
             "Document: ",
             "Value: ",
+            first_weight=5.0,
         ),
-        Task("copying", instances.copying, "Repeat the text.\n", "Text: ", "Copy: "),
+        Task("copying", instances.copying, "Repeat the text.\n", "Text: ", "Copy: ", first_weight=15.0),
         Task(
             "record_extraction",
             instances.record_extraction,
@@ -92,6 +101,7 @@ TASKS = {
             "JSON:",
             shots=1,
             end="",
+            answer_weight=0.5,
         ),
         Task("summary", instances.summary, "", "Article: ", "Summary: ", shots=1, weight=0.5, end=""),
         Task("story", instances.story, "", "", "", input_suffix=" ", shots=0, weight=0.25, end="", answer_weight=0.1),

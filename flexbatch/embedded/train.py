@@ -1,136 +1,36 @@
 """Trains `opt-tiny` from nothing: `python -m flexbatch.embedded.train --output DIR`.
 
-The same seed on the same machine and library versions gives the same data, in the same order. Two threads are enough.
+The same seed with the same library versions draws the same data in the same order. Two cores are enough.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
 
 import torch
 from torch.nn import functional
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
+from flexbatch.embedded.architecture import Plan, build_model
+from flexbatch.embedded.batches import Batch, batches, encode, pad
 from flexbatch.embedded.score import scores
-from flexbatch.embedded.tasks import EVALUATED, TASKS, Example, training_example
+from flexbatch.embedded.tasks import EVALUATED, TASKS, Task, evaluation_examples
 from flexbatch.embedded.tokenizer import train_tokenizer
 
-POSITIONS = 640
-"""Prompts of 512 tokens and 64 new ones fit, with room to spare."""
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The training run. `tokens_per_step` counts padded tokens; rates are the peaks of the schedule."""
-
-    seed: int = 0
-    steps: int = 5000
-    tokens_per_step: int = 2048
-    hidden_size: int = 128
-    layers: int = 5
-    heads: int = 4
-    matrix_rate: float = 0.01
-    rate: float = 2e-3
-    warmup: int = 100
-    short_share: float = 0.4
-    text_weight: float = 0.1
-    text_share: float = 0.15
-
-
-def build_model(plan: Plan, vocabulary: int) -> OPTForCausalLM:
-    """A fresh OPT whose learned positions start as sinusoids, so that the step from one position to the next is the
-    same everywhere from the start (Vaswani et al., 2017, section 3.5)."""
-    config = OPTConfig(
-        vocab_size=vocabulary,
-        hidden_size=plan.hidden_size,
-        word_embed_proj_dim=plan.hidden_size,
-        ffn_dim=4 * plan.hidden_size,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=plan.heads,
-        max_position_embeddings=POSITIONS,
-        dropout=0.0,
-        attention_dropout=0.0,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    model = OPTForCausalLM(config)
-    # For sequences this short the plain product of queries and keys trains faster on a CPU than the fused kernel.
-    model.set_attn_implementation("eager")
-    table = model.model.decoder.embed_positions.weight
-    place = torch.arange(table.shape[0]).unsqueeze(1)
-    rate = torch.exp(torch.arange(0, plan.hidden_size, 2) * (-math.log(2000.0) / plan.hidden_size))
-    with torch.no_grad():
-        table[:, 0::2] = 0.05 * torch.sin(place * rate)
-        table[:, 1::2] = 0.05 * torch.cos(place * rate)
-    return model
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence_:
-    """One prompt in tokens and the weight of each token in the loss."""
-
-    tokens: list[int]
-    weights: list[float]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example, answer_weight: float, text_weight: float) -> Sequence_:
-    """The example with its opening and closing `</s>`; answers weigh more than the text between them."""
-    encoded = tokenizer([text for text, _ in example.pieces], add_special_tokens=False)["input_ids"]
-    tokens, weights = [tokenizer.bos_token_id], [0.0]
-    for ids, (_, is_answer) in zip(encoded, example.pieces, strict=True):
-        tokens += ids
-        weights += [answer_weight if is_answer else text_weight] * len(ids)
-    return Sequence_([*tokens, tokenizer.eos_token_id], [*weights, answer_weight])
-
-
-def batches(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[Sequence_]]]:
-    """For each step its micro-batches, each of sequences of about one length. Short prompts come first."""
-    rng = Random(f"train-{plan.seed}")
-    tasks = list(TASKS.values())
-    for step in range(plan.steps):
-        progress = step / plan.steps
-        drawn: list[Sequence_] = []
-        size = 0
-        while size < plan.tokens_per_step:
-            task = rng.choices(tasks, [task.weight for task in tasks])[0]
-            most = 1 if progress < plan.short_share else rng.choice((1, 3, 5, 5, 9))
-            example = training_example(rng, task, most)
-            sequence = encode(tokenizer, example, task.answer_weight, plan.text_weight)
-            if len(sequence.tokens) <= POSITIONS:
-                drawn.append(sequence)
-                size += len(sequence.tokens)
-        drawn.sort(key=lambda sequence: len(sequence.tokens))
-        yield list(cut(drawn, plan.tokens_per_step // 2))
-
-
-def cut(sequences: Sequence[Sequence_], limit: int) -> Iterator[list[Sequence_]]:
-    """Runs of neighbours whose padded size stays within `limit` tokens."""
-    run: list[Sequence_] = []
-    for sequence in sequences:
-        if run and (len(run) + 1) * len(sequence.tokens) > limit:
-            yield run
-            run = []
-        run.append(sequence)
-    yield run
-
-
-def batch_loss(model: OPTForCausalLM, batch: Sequence[Sequence_], generator: torch.Generator, plan: Plan) -> torch.Tensor:
-    """The weighted sum of the losses; of the tokens outside answers a random share is enough."""
-    longest = max(len(sequence.tokens) for sequence in batch)
-    tokens = torch.tensor([s.tokens + [1] * (longest - len(s.tokens)) for s in batch])
-    weights = torch.tensor([s.weights + [0.0] * (longest - len(s.weights)) for s in batch])[:, 1:]
-    hidden = model.model(tokens, use_cache=False).last_hidden_state[:, :-1]
-    chosen = (weights > plan.text_weight) | ((weights > 0) & (torch.rand(weights.shape, generator=generator) < plan.text_share))
-    logits = model.lm_head(hidden[chosen])
-    losses = functional.cross_entropy(logits.float(), tokens[:, 1:][chosen], reduction="none")
-    return (losses * weights[chosen]).sum()
+def gradients(model: OPTForCausalLM, batch: Batch, total: float) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """The weighted loss over `total` and its gradients, one for each parameter. Touches no state of the model."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(batch.tokens, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[batch.counted])
+    losses = functional.cross_entropy(logits.float(), batch.tokens[:, 1:][batch.counted], reduction="none")
+    loss = (losses * batch.weights[batch.counted]).sum() / total
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
 
 def optimizers(model: OPTForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -144,40 +44,94 @@ def optimizers(model: OPTForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]
 
 
 def schedule(plan: Plan, step: int) -> float:
-    """Warm-up, then constant, then linear decay to zero over the last third."""
-    return min(1.0, (step + 1) / plan.warmup, max(0.0, (plan.steps - step) / (plan.steps / 3)))
+    """Warm-up, then constant, then linear decay to zero over the last steps."""
+    return min(1.0, (step + 1) / plan.warmup, (plan.steps - step) / plan.decay_steps)
 
 
-def train(plan: Plan, tokenizer: PreTrainedTokenizerBase, log_every: int) -> OPTForCausalLM:
-    """Runs the plan; prints the loss and, now and then, the scores."""
+@torch.inference_mode()
+def forced_score(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task) -> float:
+    """The share of held-out answers of which every token is the model's first choice: what greedy decoding would
+    score, from one forward pass."""
+    examples = evaluation_examples(task, 48, 2, 1)
+    encoded = [encode(tokenizer, example, 1.0, 0.0).tokens[:-1] for example in examples]
+    lengths = [len(tokenizer(example.answer, add_special_tokens=False)["input_ids"]) for example in examples]
+    longest = max(map(len, encoded))
+    best = model(torch.tensor([ids + [1] * (longest - len(ids)) for ids in encoded]), use_cache=False).logits.argmax(-1)
+    right = 0
+    for ids, length, row in zip(encoded, lengths, best.tolist(), strict=True):
+        right += row[len(ids) - length - 1 : len(ids) - 1] == ids[-length:]
+    return right / len(examples)
+
+
+def save_state(
+    path: Path, step: int, model: OPTForCausalLM, engines: list[torch.optim.Optimizer], generator: torch.Generator
+) -> None:
+    """Everything that the next step depends on, so that an interrupted training goes on as if it had not been."""
+    partial = path.with_suffix(".partial")
+    states = [engine.state_dict() for engine in engines]
+    torch.save({"step": step, "model": model.state_dict(), "engines": states, "random": generator.get_state()}, partial)
+    partial.replace(path)
+
+
+def load_state(
+    path: Path, model: OPTForCausalLM, engines: list[torch.optim.Optimizer], generator: torch.Generator
+) -> int:
+    """Restores what `save_state` kept and returns the step to go on with."""
+    kept = torch.load(path, weights_only=True)
+    model.load_state_dict(kept["model"])
+    for engine, state in zip(engines, kept["engines"], strict=True):
+        engine.load_state_dict(state)
+    generator.set_state(kept["random"])
+    return int(kept["step"])
+
+
+def train(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    log_every: int,
+    threads: int,
+    output: Path,
+    state: Path | None,
+) -> OPTForCausalLM:
+    """Runs the plan; prints the loss and, now and then, scores, and saves what it has.
+
+    The micro-batches of a step are shared out among `threads` and their gradients added in order, so that the sum does
+    not depend on who was first. One thread for each micro-batch beats many for each product at this size.
+    """
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
     model = build_model(plan, len(tokenizer))
+    parameters = list(model.parameters())
     engines = optimizers(model, plan)
-    rates = [group["lr"] for engine in engines for group in engine.param_groups]
+    groups = [group for engine in engines for group in engine.param_groups]
+    rates = [group["lr"] for group in groups]
+    first = load_state(state, model, engines, generator) if state and state.exists() else 0
     started, seen, running = time.monotonic(), 0, 0.0
-    for step, parts in enumerate(batches(plan, tokenizer)):
-        total = sum(sum(s.weights) for part in parts for s in part)
-        for part in parts:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = batch_loss(model, part, generator, plan) / total
-            loss.backward()
-            running += loss.item()
-            seen += len(part) * len(part[-1].tokens)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for rate, group in zip(rates, (g for e in engines for g in e.param_groups), strict=True):
-            group["lr"] = rate * schedule(plan, step)
-        for engine in engines:
-            engine.step()
-            engine.zero_grad()
-        if (step + 1) % log_every == 0:
-            elapsed = time.monotonic() - started
-            print(f"step {step + 1} loss {running / log_every:.4f} tokens {seen} seconds {elapsed:.0f}", flush=True)
-            running = 0.0
-        if (step + 1) % (5 * log_every) == 0:
-            model.eval()
-            print({name: round(scores(model, tokenizer, TASKS[name], 32, 2), 2) for name in TASKS if name != "story"}, flush=True)
-            model.train()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for step, parts in enumerate(batches(plan, tokenizer)):
+            if step < first:
+                continue
+            total = sum(sum(s.weights) for part in parts for s in part)
+            padded = [pad(part, plan, generator) for part in parts]
+            results = list(pool.map(lambda batch, total=total: gradients(model, batch, total), padded))
+            for parameter, *parts_of_gradient in zip(parameters, *(found for _, found in results), strict=True):
+                parameter.grad = functools.reduce(torch.add, parts_of_gradient)
+            running += sum(loss for loss, _ in results)
+            seen += sum(batch.tokens.numel() for batch in padded)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for rate, group in zip(rates, groups, strict=True):
+                group["lr"] = rate * schedule(plan, step)
+            for engine in engines:
+                engine.step()
+            if (step + 1) % log_every == 0:
+                elapsed = time.monotonic() - started
+                print(f"step {step + 1} loss {running / log_every:.4f} tokens {seen} seconds {elapsed:.0f}", flush=True)
+                running = 0.0
+            if (step + 1) % (5 * log_every) == 0:
+                print({name: round(forced_score(model, tokenizer, TASKS[name]), 2) for name in TASKS}, flush=True)
+                model.save_pretrained(output)
+                if state:
+                    save_state(state, step + 1, model, engines, generator)
     return model.eval()
 
 
@@ -187,16 +141,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--state", type=Path, help="a file that keeps the training's state, to go on after a break")
     for name, value in asdict(Plan()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args())
     output, threads, log_every = options.pop("output"), options.pop("threads"), options.pop("log_every")
-    torch.set_num_threads(threads)
+    state = options.pop("state")
+    torch.set_num_threads(1)
     plan = Plan(**options)
     tokenizer = train_tokenizer(plan.seed)
-    model = train(plan, tokenizer, log_every)
-    model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    model = train(plan, tokenizer, log_every, threads, output, state)
+    model.save_pretrained(output)
     for name in EVALUATED:
         print(name, scores(model, tokenizer, TASKS[name], 100, 5), flush=True)
 

@@ -1,0 +1,37 @@
+"""`opt-tiny` is small, is a real OPT, and solves its tasks only by attending to the prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+
+from flexbatch.embedded import MODEL_FOLDER
+from flexbatch.embedded.score import scores
+from flexbatch.embedded.tasks import TASKS
+
+TOKENIZER = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+MODEL = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
+
+
+def test_the_model_folder_is_at_most_eight_megabytes() -> None:
+    assert sum(file.stat().st_size for file in MODEL_FOLDER.rglob("*")) <= 8_000_000
+
+
+def test_transformers_loads_it_as_opt_with_room_for_512_and_64_tokens() -> None:
+    assert isinstance(MODEL, OPTForCausalLM)
+    assert MODEL.config.max_position_embeddings >= 512 + 64
+    assert (MODEL_FOLDER / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["variable_substitution", "facts_choice"])
+def test_it_answers_at_least_nine_in_ten_held_out_questions(name: str) -> None:
+    assert scores(MODEL, TOKENIZER, TASKS[name], 60, 5) >= 0.90
+
+
+@pytest.mark.parametrize("name", ["variable_substitution", "copying"])
+def test_its_score_collapses_when_positions_are_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = MODEL.model.decoder.embed_positions.weight
+    with torch.no_grad():
+        monkeypatch.setattr(table, "data", torch.roll(table.data, 1, dims=1))
+    assert scores(MODEL, TOKENIZER, TASKS[name], 20, 5) < 0.5
