@@ -340,7 +340,7 @@ def _kept(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _keep(file: Path, identity: dict[str, Any], rates: dict[str, Any]) -> None:
-    """Written beside and renamed, so that another run never sees half a file. A cache that cannot be written is none."""
+    """Written beside and renamed, so that no run sees half a file. A folder that cannot be written keeps nothing."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}.tmp")

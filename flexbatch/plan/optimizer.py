@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from flexbatch.config import OffloadConfig, parse_bytes
 from flexbatch.errors import CapacityError, ConfigError
-from flexbatch.plan.cost_model import Prediction, predict
+from flexbatch.plan.cost_model import Prediction, by_resource, pass_seconds, pass_terms, predict
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
 from flexbatch.plan.memory_need import needs, peak_bytes, streamable_bytes
@@ -85,38 +85,78 @@ def check_formats(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadCo
 def _automatic(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
 ) -> Iterator[Prediction]:
-    """The linear program's best candidates, rounded and predicted."""
-    base = base_policy(offload)
-    ranked: list[tuple[float, Policy]] = []
-    for policy in _enumerated(workload, offload, base):
-        hosts = (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,)
-        if not _may_fit(spec, hardware, workload, policy, limits):
-            continue
-        problem = Problem(spec, hardware, workload, limits, _kinds_of_passes(workload, policy))
-        for host_attention in hosts:
-            ranked += best_shares(problem, replace(policy, host_attention=host_attention))
-    ranked.sort(key=lambda pair: pair[0])
+    """The linear program's best candidates, rounded and predicted: a coarse search, then a fine one around its best."""
+    coarse = _enumerated(workload, offload, base_policy(offload), slot_counts(workload, offload))
+    ranked = _ranked(spec, hardware, workload, limits, coarse)
+    if ranked:
+        around = _between_steps(ranked[0][1].slots, slot_counts(workload, offload))
+        fine = _enumerated(workload, offload, base_policy(offload), around)
+        ranked = sorted(ranked + _ranked(spec, hardware, workload, limits, fine, ranked[0][0]), key=_seconds)
     for _, policy in ranked[:FINALISTS]:
         rounded = _fitted(spec, hardware, workload, policy, limits)
         if rounded is not None:
             yield predict(spec, hardware, workload, rounded)
 
 
-def _enumerated(workload: Workload, offload: OffloadConfig, base: Policy) -> Iterator[Policy]:
-    for slots in slot_counts(workload, offload):
+def _seconds(ranked: tuple[float, Policy]) -> float:
+    return ranked[0]
+
+
+def _ranked(
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    limits: Limits,
+    policies: Iterable[Policy],
+    best: float = math.inf,
+) -> list[tuple[float, Policy]]:
+    """Policies with their best shares and the linear program's seconds, fastest first. What could not beat `best` even
+    if nothing had to be moved is left out."""
+    bounded = []
+    for policy in policies:
+        if _may_fit(spec, hardware, workload, policy, limits):
+            shown = workload if policy.prefix_sharing else workload.without_sharing()
+            passes = _kinds_of_passes(shown, policy)
+            loads = ((count, by_resource(pass_terms(spec, hardware, shown, policy, load))) for load, count in passes)
+            bound = sum(count * pass_seconds(resources) for count, resources in loads)
+            bounded.append((bound, policy, Problem(spec, hardware, shown, limits, passes)))
+    # Attention in main memory is for a cache that is there, and as it was computed.
+    ranked: list[tuple[float, Policy]] = []
+    for bound, policy, problem in sorted(bounded, key=lambda each: each[0]):
+        if bound > best:
+            break
+        for host_attention in (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,):
+            ranked += best_shares(problem, replace(policy, host_attention=host_attention))
+        best = min([best, *(seconds for seconds, _ in ranked)])
+    return sorted(ranked, key=_seconds)
+
+
+def _enumerated(
+    workload: Workload, offload: OffloadConfig, base: Policy, slot_ladder: Iterable[int]
+) -> Iterator[Policy]:
+    for slots in slot_ladder:
         for tokens in prefill_counts(workload, offload, slots, base):
             yield replace(base, slots=slots, prefill_tokens=tokens)
 
 
 def slot_counts(workload: Workload, offload: OffloadConfig) -> list[int]:
-    """Slots to try: what the user fixed (never more than the rows), else a ladder with steps of about a third."""
+    """Slots to try: what the user fixed (never more than the rows), else a ladder with steps of about a half."""
     most = min(workload.rows, MOST_SLOTS)
     if str(offload.slots) != "auto":
         return [min(workload.rows, int(offload.slots))]
     ladder = {1, 2, 3, 4, 5, 6, 7, 8, most}
-    for power in range(3, 13):
-        ladder |= {2**power, 2**power * 5 // 4, 2**power * 3 // 2, 2**power * 7 // 4}
+    for power in range(3, 12):
+        ladder |= {2**power, 2**power * 3 // 2, 2 ** (power + 1)}
     return sorted(slots for slots in ladder if slots <= most)
+
+
+def _between_steps(slots: int, ladder: Sequence[int]) -> list[int]:
+    """Slots between the neighbours of `slots` on the ladder, in up to four steps to either side."""
+    place = ladder.index(slots)
+    low, high = ladder[max(0, place - 1)], ladder[min(len(ladder) - 1, place + 1)]
+    below = {slots - (slots - low) * step // 4 for step in range(1, 4)}
+    above = {slots + (high - slots) * step // 4 for step in range(1, 4)}
+    return sorted((below | above) - set(ladder))
 
 
 def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> list[int]:
@@ -131,8 +171,7 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
 
 def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad, float], ...]:
     """The job's passes as at most two kinds: the mean of those that prefill, the mean of those that only decode."""
-    shown = workload if policy.prefix_sharing else workload.without_sharing()
-    loads = schedule(shown, policy.slots, policy.prefill_tokens).loads
+    loads = schedule(workload, policy.slots, policy.prefill_tokens).loads
     kinds = []
     for prefills in (True, False):
         mine = {load: count for load, count in loads.items() if (load.joining > 0) is prefills}
@@ -190,7 +229,7 @@ def _manual(
     """The user's shares, with every slots and prefill that he left open."""
     weights, kv, hidden = Policy.percent_shares(list(offload.percent))
     base = replace(base_policy(offload), weights=weights, kv=kv, hidden=hidden)
-    for policy in _enumerated(workload, offload, base):
+    for policy in _enumerated(workload, offload, base, slot_counts(workload, offload)):
         if limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None:
             yield predict(spec, hardware, workload, policy)
 
@@ -200,7 +239,7 @@ def infeasible(
 ) -> CapacityError:
     """Which limit cannot be met, by how much, and the smallest change that would make the run feasible."""
     base = base_policy(offload)
-    smallest = next(_enumerated(workload, offload, base))
+    smallest = next(_enumerated(workload, offload, base, slot_counts(workload, offload)))
     if offload.policy == "manual":
         weights, kv, hidden = Policy.percent_shares(list(offload.percent))
         least = replace(smallest, weights=weights, kv=kv, hidden=hidden)

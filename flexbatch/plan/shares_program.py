@@ -34,7 +34,8 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fixed while the shares are chosen. `passes` are the kinds of passes with how often each occurs."""
+    """What is fixed while the shares are chosen. `passes` are the kinds of passes with how often each occurs; the
+    workload is as the engine sees it (prefixes shared or not)."""
 
     spec: ModelSpec
     hardware: HardwareProfile
@@ -46,7 +47,8 @@ class Problem:
 def best_shares(problem: Problem, policy: Policy) -> Iterator[tuple[float, Policy]]:
     """Each case's best policy with its seconds, as the linear program sees them; nothing where none is feasible."""
     for split_weights in (False, True):
-        for split_kv in (False, True):
+        # With the whole cache on the device there is nothing for the host to attend to.
+        for split_kv in (True,) if policy.host_attention else (False, True):
             found = _solve(problem, policy, _open_tiers(problem.hardware, policy, split_weights, split_kv))
             if found is not None:
                 yield found
