@@ -47,8 +47,10 @@ class Target:
         """The fields of a completion; None where it does not parse or does not validate."""
         text = completion.strip()
         if self.schema is None:
-            fits = text in self.choices if self.choices else re.fullmatch(self.regex, text) is not None
-            return {VALUE: text} if fits else None
+            for form in (text, completion.removeprefix(" ")):  # an expression may want the spaces around it
+                if form in self.choices if self.choices else re.fullmatch(self.regex, form):
+                    return {VALUE: form}
+            return None
         try:
             value = json.loads(text)
         except ValueError:

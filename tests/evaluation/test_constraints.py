@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from flexbatch.errors import ConfigError, EngineError
 from flexbatch.evaluation.constraints import Constraint, compile_constraint
 from flexbatch.evaluation.fields import Target
-from flexbatch.evaluation.grammar import check_grammar
+from flexbatch.evaluation.grammar import ascii_classes, check_grammar
 
 ORDER: dict[str, Any] = {
     "type": "object",
@@ -42,7 +42,8 @@ TARGETS = {
     "nested": Target(schema=NESTED),
     "array": Target(schema={"type": "array", "items": {"type": "boolean"}}),
     "choices": Target(choices=("yes", "no", 'with "quotes"')),
-    "expression": Target(regex=r"[A-Z]{2}-\d{1,4}(/[a-z]+)?"),
+    "expression": Target(regex=r"[A-Z]{2}-\d{1,4}(/[a-z\s]+)?"),
+    "pattern": Target(schema={"type": "string", "pattern": r"^\w{2}\d{3}$"}),
 }
 END = 1
 
@@ -142,6 +143,19 @@ def test_what_nothing_can_satisfy_is_a_config_error(target: Target, words: str) 
         check_grammar(target)
     assert words in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"\d+", "[0-9]+"),
+        (r"[\d.]\w", "[0-9.][0-9A-Za-z_]"),
+        (r"\\d[^\s]", r"\\d[^ \t\n\r\f\v]"),
+        (r"\D\[\d\]", r"\D\[[0-9]\]"),
+    ],
+)
+def test_character_classes_are_enforced_in_ascii(pattern: str, expected: str) -> None:
+    assert ascii_classes(pattern) == expected
 
 
 def test_too_few_new_tokens_for_any_valid_output_are_refused() -> None:

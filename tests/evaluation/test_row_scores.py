@@ -104,6 +104,7 @@ def test_choices_and_expressions_have_one_field_named_value() -> None:
     assert scorer(choices=["yes", "no"]).values("maybe") == {"extracted_value": None, "extracted_valid": False}
     assert scorer(regex="[0-9]+").values("42") == {"extracted_value": "42", "extracted_valid": True}
     assert scorer(regex="[0-9]+").values("42a")["extracted_valid"] is False
+    assert scorer(regex=r"a\s+").values(" a \n") == {"extracted_value": "a \n", "extracted_valid": True}
 
 
 def test_fields_are_scored_against_gold_columns() -> None:
