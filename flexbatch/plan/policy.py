@@ -1,4 +1,4 @@
-"""A policy: what lives where, how many rows are in flight, in how many bits. FlexGen (arXiv 2303.06865), section 4.2."""
+"""A policy: what lives where, how many rows are in flight, in how many bits (FlexGen, arXiv 2303.06865, 4.2)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Shares:
             raise ConfigError(
                 f"offload.percent: {what} on device and host are {device:g} and {host:g}; "
                 f"each must be at least 0 and their sum at most 100.",
-                remedy="Give six numbers: weights, KV, hidden states, each on device then on host; the rest is on disk.",
+                remedy="Give six numbers: weights, KV, hidden states, each on device, then on host.",
             )
         return Shares(device / 100, host / 100)
 
@@ -67,7 +67,7 @@ class Policy:
         if len(percent) != 6:
             raise ConfigError(
                 f"offload.percent has {len(percent)} numbers ({percent}); it needs 6.",
-                remedy="Write offload.percent=[weights on device, on host, KV on device, on host, hidden on device, on host].",
+                remedy="Write offload.percent=[weights on device, on host, KV on device, on host, hidden ..., ...].",
             )
         names = ("weights", "KV cache", "hidden states")
         weights, kv, hidden = (
