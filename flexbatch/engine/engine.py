@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 
-from flexbatch.engine import calls
+from flexbatch.engine.calls import Caller, DecodeRow
 from flexbatch.engine.growing import ConstraintState, Decoder, GrowingRow, finish
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
+from flexbatch.engine.prefix import Prefix, PrefixStore
 from flexbatch.engine.sampling import choose, log_probabilities
 from flexbatch.engine.schedule import MICRO_BATCH_TOKENS, joining_count, pack
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
+from flexbatch.plan.policy import Tier
 from flexbatch.records import Completion, PassResult, Request
 
 
@@ -58,10 +60,7 @@ class _Joining:
     rows: list[GrowingRow]
     slots: list[int]
     scored: bool
-
-    @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [row.request.prompt_ids + tuple(row.tokens) for row in self.rows]
+    prefix: Prefix | None = None
 
 
 class Engine:
@@ -77,12 +76,14 @@ class Engine:
         *,
         prefill_tokens: int,
         padded_width: int = 0,
+        share_prefixes: bool = True,
         constraints: Mapping[str, Constraint] | None = None,
     ) -> None:
-        self._stepped, self._weights, self._arena, self._storage = stepped, weights, arena, storage
+        self._weights, self._arena, self._storage = weights, arena, storage
+        self._caller = Caller(stepped, arena, storage.device)
+        self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._prefill_tokens, self._padded_width = prefill_tokens, padded_width
-        self._device = storage.device
         self._slots: list[GrowingRow | None] = [None] * arena.slots
         self._waiting: deque[GrowingRow] = deque()
 
@@ -144,38 +145,49 @@ class Engine:
 
     def _one_pass(self, this: _Pass) -> None:
         self._arena.advance()
-        joining = self._join(this)
+        joining, new_prefixes = self._join(this)
         self._fill_holes(joining)
         decoding = self._decoding()
         batches = [MicroBatch(decoding)] if decoding is not None else []
+        batches += [MicroBatch(partial(self._caller.compute, prefix)) for prefix in new_prefixes]
         batches += [MicroBatch(partial(self._prefill, batch)) for batch in joining]
         results = walk(batches, self._weights.ready)
         if decoding is not None:
-            slots = [slot for slot, row in enumerate(self._slots) if row is not None]
-            rows = [row for row in self._slots if row is not None]
-            this.decode_tokens += len(rows)
-            self._grow(rows, results.pop(0)[slots], this)
-            for slot, row in zip(slots, rows, strict=True):
-                if self._is_done(row, this):
-                    self._slots[slot] = None
-        for batch, logits in zip(joining, results, strict=True):
+            self._settle_decoded(results.pop(0), this)
+        for batch, logits in zip(joining, results[len(new_prefixes) :], strict=True):
             self._settle(batch, logits, this)
+        if self._prefixes is not None:
+            for prefix in new_prefixes:
+                self._prefixes.admit(prefix)
+            self._prefixes.keep_only(row.shared_tokens for row in (*self._live, *self._waiting))
 
-    def _join(self, this: _Pass) -> list[_Joining]:
-        """Takes the prompts that are prefilled in this pass out of the waiting line, in micro-batches with slots."""
-        lengths = [row.cached_length + 1 for row in self._waiting]
+    def _join(self, this: _Pass) -> tuple[list[_Joining], list[Prefix]]:
+        """Takes the prompts that are prefilled in this pass out of the waiting line: micro-batches with slots, and
+        the prefixes that must be computed before them."""
         free = [slot for slot, row in enumerate(self._slots) if row is None]
-        count = joining_count(lengths, len(free), self._prefill_tokens)
-        rows = [self._waiting.popleft() for _ in range(count)]
-        this.prefill_tokens += sum(lengths[:count])
+        own = [len(row.all_tokens) - len(self._shared(row)) for row in self._waiting]
+        rows = [self._waiting.popleft() for _ in range(joining_count(own, len(free), self._prefill_tokens))]
+        new_prefixes: list[Prefix] = []
         batches = []
-        for kind in (_keeps_growing, _ends_at_prefill, _is_scored):
-            chosen = [row for row in rows if kind(row)]
-            for group in pack([max(row.cached_length + 1, self._padded_width) for row in chosen], MICRO_BATCH_TOKENS):
-                members = [chosen[index] for index in group]
-                slots = [free.pop(0) for _ in members] if kind is _keeps_growing else []
-                batches.append(_Joining(members, slots, kind is _is_scored))
-        return batches
+        for (kind, shared), members in _alike(rows, self._shared):
+            prefix = self._prefix(shared, new_prefixes) if shared else None
+            lengths = [max(len(row.all_tokens) - len(shared), self._padded_width) for row in members]
+            for group in pack(lengths, MICRO_BATCH_TOKENS):
+                chosen = [members[index] for index in group]
+                slots = [free.pop(0) for _ in chosen] if kind is _keeps_growing else []
+                batches.append(_Joining(chosen, slots, kind is _is_scored, prefix))
+        this.prefill_tokens += sum(own[: len(rows)]) + sum(len(prefix) for prefix in new_prefixes)
+        return batches, new_prefixes
+
+    def _shared(self, row: GrowingRow) -> tuple[int, ...]:
+        return row.shared_tokens if self._prefixes is not None else ()
+
+    def _prefix(self, tokens: tuple[int, ...], new_prefixes: list[Prefix]) -> Prefix:
+        assert self._prefixes is not None
+        prefix, is_new = self._prefixes.get(tokens)
+        if is_new:
+            new_prefixes.append(prefix)
+        return prefix
 
     def _fill_holes(self, joining: list[_Joining]) -> None:
         """Moves rows from the end into empty slots before them that nobody joins, so that the decode batch is dense."""
@@ -192,16 +204,30 @@ class Engine:
         """The decode call over the slots up to the last live one; empty slots among them are rows of length 0."""
         if not self._live:
             return None
-        rows = self._slots[: 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)]
-        tokens = [row.tokens[-1] if row is not None else 0 for row in rows]
-        lengths = [row.cached_length if row is not None else 0 for row in rows]
-        return partial(calls.decode, self._stepped, self._arena, tokens, lengths, self._device)
+        last = max(slot for slot, row in enumerate(self._slots) if row is not None)
+        rows = [
+            DecodeRow(row.tokens[-1], row.arena_length, row.kept_apart) if row is not None else DecodeRow()
+            for row in self._slots[: last + 1]
+        ]
+        return partial(self._caller.decode, rows)
 
     def _prefill(self, batch: _Joining) -> torch.Tensor:
         keep = 1 + max(row.request.score_tokens for row in batch.rows)
-        return calls.prefill(
-            self._stepped, self._arena, batch.prompts, batch.slots, keep, self._padded_width, self._device
-        )
+        if batch.prefix is None:
+            prompts = [row.all_tokens for row in batch.rows]
+            return self._caller.prefill(prompts, batch.slots, keep, self._padded_width)
+        own = [row.all_tokens[len(batch.prefix) :] for row in batch.rows]
+        return self._caller.prefill_after(batch.prefix, own, batch.slots, keep)
+
+    def _settle_decoded(self, logits: torch.Tensor, this: _Pass) -> None:
+        """One more token for every live row; those that are done leave their slots."""
+        slots = [slot for slot, row in enumerate(self._slots) if row is not None]
+        rows = self._live
+        this.decode_tokens += len(rows)
+        self._grow(rows, logits[slots], this)
+        for slot, row in zip(slots, rows, strict=True):
+            if self._is_done(row, this):
+                self._slots[slot] = None
 
     def _settle(self, batch: _Joining, logits: torch.Tensor, this: _Pass) -> None:
         """What a prefill's logits mean: scores, or each row's first token."""
@@ -212,6 +238,7 @@ class Engine:
         self._grow(batch.rows, logits[:, -1], this)
         for index, row in enumerate(batch.rows):
             if not self._is_done(row, this) and batch.slots:
+                row.kept_apart = batch.prefix if self._caller.stepped.merges_prefixes else None
                 self._slots[batch.slots[index]] = row
 
     def _grow(self, rows: list[GrowingRow], logits: torch.Tensor, this: _Pass) -> None:
@@ -252,6 +279,20 @@ class Engine:
         return True
 
 
+_Kind = Callable[[GrowingRow], bool]
+
+
+def _alike(
+    rows: list[GrowingRow], shared: Callable[[GrowingRow], tuple[int, ...]]
+) -> list[tuple[tuple[_Kind, tuple[int, ...]], list[GrowingRow]]]:
+    """The rows by what may share a micro-batch: the kind of request, and the prefix."""
+    groups: dict[tuple[_Kind, tuple[int, ...]], list[GrowingRow]] = {}
+    for row in rows:
+        kind = next(kind for kind in (_is_scored, _ends_at_prefill, _keeps_growing) if kind(row))
+        groups.setdefault((kind, shared(row)), []).append(row)
+    return list(groups.items())
+
+
 def _is_scored(row: GrowingRow) -> bool:
     return row.request.score_tokens > 0
 
@@ -265,7 +306,7 @@ def _keeps_growing(row: GrowingRow) -> bool:
 
 
 def _score(request: Request, logits: torch.Tensor) -> Completion:
-    """The last `score_tokens` prompt tokens under the model. `logits` float32 `[kept, vocabulary]`; the last is unused."""
+    """The last `score_tokens` prompt tokens, scored. `logits` float32 `[kept, vocabulary]`; the last is unused."""
     count = request.score_tokens
     targets = torch.tensor(request.prompt_ids[-count:], device=logits.device)
     before = logits[-count - 1 : -1]

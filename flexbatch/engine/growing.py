@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from flexbatch.engine.prefix import Prefix
 from flexbatch.records import Completion, FinishReason, Request
 
 
@@ -34,11 +35,23 @@ class GrowingRow:
     tokens: list[int]
     logprobs: list[float]
     constraint: ConstraintState | None = None
+    kept_apart: Prefix | None = None
 
     @property
-    def cached_length(self) -> int:
-        """Tokens whose keys and values are in the arena: all but the last one, which the next pass feeds."""
-        return len(self.request.prompt_ids) + len(self.tokens) - 1
+    def all_tokens(self) -> tuple[int, ...]:
+        """Prompt and completion so far."""
+        return self.request.prompt_ids + tuple(self.tokens)
+
+    @property
+    def shared_tokens(self) -> tuple[int, ...]:
+        """The prefix that the request shares with others; empty if it shares none."""
+        return self.request.prompt_ids[: self.request.shared_tokens]
+
+    @property
+    def arena_length(self) -> int:
+        """Tokens whose keys and values are in the arena: all but the last one, which the next pass feeds, and but
+        those of a prefix that is kept apart."""
+        return len(self.all_tokens) - 1 - (len(self.kept_apart) if self.kept_apart else 0)
 
     def add(self, token: int, logprob: float | None) -> None:
         self.tokens.append(token)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from flexbatch.engine.storage import Storage
 from flexbatch.plan.policy import Tier
@@ -121,77 +119,3 @@ class KVArena:
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:
             layer.move(source, target)
-
-    def decode_cache(self, rows: int, first: int) -> Cache:
-        """The cache of a decode batch: slots 0 to `rows` - 1, whose oldest live column is `first`."""
-        return Cache(layers=[DecodeLayer(layer, rows, first, self.end) for layer in self.layers])
-
-    def prefill_cache(self, slots: Sequence[int]) -> Cache:
-        """The cache of joining prompts; they keep nothing but what they write into the arena. No slots: nothing."""
-        return Cache(layers=[PrefillLayer(layer, slots, self.end) for layer in self.layers])
-
-
-class _ArenaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """What both kinds share: they are views of the arena, so there is nothing to initialise."""
-
-    is_sliding = False
-
-    def __init__(self, store: LayerStore, end: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.store, self.end, self.is_initialized = store, end, True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:  # noqa: ARG002 - Transformers' signature
-        self.is_initialized = True
-
-    def get_max_length(self) -> int:
-        return self.store.columns
-
-
-class DecodeLayer(_ArenaLayer):  # type: ignore[no-untyped-call]
-    """One token for every slot of the decode batch: written at column `end`, attending from column `first` on."""
-
-    def __init__(self, store: LayerStore, rows: int, first: int, end: int) -> None:
-        super().__init__(store, end)
-        self.rows, self.first = rows, first
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *_args: Any,
-        **_kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.store.write_column(self.end, key_states, value_states)
-        return self.store.read(self.rows, self.first, self.end, key_states.device)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.end - self.first + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.end - self.first
-
-
-class PrefillLayer(_ArenaLayer):  # type: ignore[no-untyped-call]
-    """Joining prompts: attention sees their own keys and values, which are also written into the arena."""
-
-    def __init__(self, store: LayerStore, slots: Sequence[int], end: int) -> None:
-        super().__init__(store, end)
-        self.slots = slots
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *_args: Any,
-        **_kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.slots:
-            self.store.prepare(key_states, value_states)
-            self.store.write_prompts(self.slots, self.end, key_states, value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0

@@ -18,8 +18,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flexbatch.engine.attention import merges_prefixes, register
 from flexbatch.errors import ModelError
 
 # Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
@@ -43,6 +44,7 @@ class SteppedModel:
     stops: tuple[Stop, ...]
     num_layers: int
     takes_position_ids: bool
+    merges_prefixes: bool
 
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
@@ -53,23 +55,25 @@ class SteppedModel:
         return owners
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> SteppedModel:
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     """The model of a Transformers config on the meta device, its non-parameter buffers real (rotary tables and such).
+
+    Where the model's attention can be replaced, it is the one that merges shared prefixes.
 
     Raises `ModelError` for an architecture that is not a decoder-only causal LM of the installed Transformers.
     """
     check_architecture(config)
-    options: dict[str, Any] = {"dtype": dtype}
-    if attention is not None:
-        options["attn_implementation"] = attention
+    model_class: type = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
+    merges = merges_prefixes(config, model_class)
+    options: dict[str, Any] = {"attn_implementation": register()} if merges else {}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
     model.tie_weights()
     model.eval()
     layers = decoder_layers(model)
     stops = tuple(_stops(model, layers))
     takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
-    return SteppedModel(model, stops, len(layers), takes_position_ids)
+    return SteppedModel(model, stops, len(layers), takes_position_ids, merges)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:

@@ -52,12 +52,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`span` is the most tokens of a row, prompt and completion; `padded_width` pads every prompt to it (0: not)."""
+    """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
+    known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared."""
 
     span: int
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
     padded_width: int = 0
+    own_span: int = 0
     reader: str = "auto"
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     on_event: OnEvent | None = None
@@ -90,14 +92,17 @@ def open_engine(
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
     install_stops(stepped, parking.park if parking is not None else None)
     counts = place_slots(stepped.num_layers, policy.slots, policy.kv)
-    slack = max(32, options.span // 4)
+    apart = stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
+    span = min(options.span, options.own_span or options.span) if apart else options.span
+    slack = max(32, span // 4)
     return Engine(
         stepped,
         weights,
-        KVArena(counts, policy.slots, options.span, slack, storage),
+        KVArena(counts, policy.slots, span, slack, storage),
         storage,
         vocabulary,
         prefill_tokens=policy.prefill_tokens,
         padded_width=options.padded_width,
+        share_prefixes=policy.prefix_sharing and not options.padded_width,
         constraints=options.constraints,
     )

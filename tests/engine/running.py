@@ -22,7 +22,7 @@ TIE = 1e-4
 class NumberDecoder:
     """Stands for a tokenizer: token 17 reads `17 `."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:  # noqa: ARG002
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(f"{token} " for token in token_ids)
 
 

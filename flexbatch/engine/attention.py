@@ -1,0 +1,140 @@
+"""Attention over a shared prefix and a row's own tokens, merged by log-sum-exp, as a Transformers attention function.
+
+Softmax over two sets of keys is the mean of the two softmaxes weighted by the exponentials of their log-sum-exps
+(Hydragen, arXiv 2402.05099, section 3.1), so the prefix's part can be computed for all rows of a group in one matrix
+product and the result is exact.
+
+The cache's `update` hands keys to this function through the model's own forward; keys that have shared prefixes before
+them carry them as the attribute `shared`, a list of `SharedKeys`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "flexbatch_shared_prefix"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """A prefix's keys and values `[1, kv_heads, tokens, head_dim]` and the rows of the batch that have it."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: torch.Tensor
+
+
+def carry(keys: torch.Tensor, shared: Sequence[SharedKeys]) -> torch.Tensor:
+    """`keys`, with the prefixes that come before them."""
+    if shared:
+        keys.shared = shared  # type: ignore[attr-defined]
+    return keys
+
+
+def register() -> str:
+    """Makes the function known to Transformers and returns its name."""
+    AttentionInterface.register(NAME, shared_prefix_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def merges_prefixes(config: PreTrainedConfig, model_class: type) -> bool:
+    """Whether this model's attention can be replaced: it goes through the interface, and a query sees all keys before
+    it under a plain softmax (no window, no soft cap, no attention sinks)."""
+    text = config.get_text_config()
+    if not (
+        getattr(model_class, "_supports_attention_backend", False) and getattr(model_class, "_supports_sdpa", False)
+    ):
+        return False
+    if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        return False
+    return not getattr(text, "attn_logit_softcapping", None)
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query` `[rows, heads, tokens, head_dim]`, `key` and `value` `[rows, kv_heads, columns, head_dim]`; returns
+    `[rows, tokens, heads, head_dim]`. Without shared prefixes this is Transformers' own SDPA function."""
+    shared: Sequence[SharedKeys] | None = getattr(key, "shared", None)
+    if shared is None:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return result
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    groups = query.shape[1] // key.shape[1]
+    own, own_weight = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scale)
+    output, weight = own.float(), own_weight
+    for prefix in shared:
+        theirs, their_weight = attend_prefix(query[prefix.rows], prefix.keys, prefix.values, scale)
+        output[prefix.rows] = merge(output[prefix.rows], weight[prefix.rows], theirs.float(), their_weight)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def merge(
+    first: torch.Tensor, first_weight: torch.Tensor, second: torch.Tensor, second_weight: torch.Tensor
+) -> torch.Tensor:
+    """Two attention results `[rows, heads, tokens, head_dim]` by their log-sum-exps `[rows, heads, tokens]`."""
+    share = torch.sigmoid(first_weight - second_weight)[..., None]
+    return first * share + second * (1 - share)
+
+
+def attend_prefix(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows' queries against one prefix at once: result `[rows, heads, tokens, head_dim]` and log-sum-exp."""
+    rows, heads, tokens, size = query.shape
+    kv_heads = keys.shape[1]
+    folded = query.reshape(rows, kv_heads, -1, size).transpose(0, 1).reshape(1, kv_heads, -1, size)
+    output, weight = attend(folded, keys, values, None, scale, causal=False)
+    output = output.reshape(kv_heads, rows, -1, size).transpose(0, 1).reshape(rows, heads, tokens, -1)
+    return output, weight.reshape(kv_heads, rows, -1).transpose(0, 1).reshape(rows, heads, tokens)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp (float32 `[rows, heads, tokens]`).
+
+    `mask` is Transformers': bool (true: may see) or additive. Without one, several queries see causally (`causal`).
+    """
+    causal = causal and mask is None and query.shape[2] > 1
+    if mask is not None and mask.dtype == torch.bool:
+        # Finite, so that a row that may see nothing (padding) stays free of NaN.
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return output, weight
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.matmul(scores.softmax(-1).to(value.dtype), value), scores.logsumexp(-1)

@@ -1,0 +1,158 @@
+"""What a Transformers forward sees of the KV cache: one layer object for each kind of call, all views of the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from flexbatch.engine.attention import SharedKeys, carry
+from flexbatch.engine.kv_arena import LayerStore
+
+if TYPE_CHECKING:
+    from flexbatch.engine.prefix import Prefix
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """What all kinds share: there is nothing to initialise, and no window (masks see to windows)."""
+
+    is_sliding = False
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._columns, self.is_initialized = columns, True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:  # noqa: ARG002 - Transformers' signature
+        self.is_initialized = True
+
+    def get_max_length(self) -> int:
+        return self._columns
+
+
+class DecodeLayer(_View):  # type: ignore[no-untyped-call]
+    """One token for every slot of the decode batch: written at column `end`, attending from column `first` on.
+
+    `shared` says which prefixes come before which rows.
+    """
+
+    def __init__(
+        self, store: LayerStore, rows: int, first: int, end: int, shared: Sequence[tuple[Prefix, torch.Tensor]]
+    ) -> None:
+        super().__init__(store.columns)
+        self._store, self._rows, self._first, self._end, self._shared = store, rows, first, end, shared
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._store.write_column(self._end, key_states, value_states)
+        keys, values = self._store.read(self._rows, self._first, self._end, key_states.device)
+        index = self._store.index
+        return carry(keys, [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]), values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._end - self._first + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._end - self._first
+
+
+class PrefillLayer(_View):  # type: ignore[no-untyped-call]
+    """Joining prompts: attention sees their own keys and values, which are also written into their slots (if any)."""
+
+    def __init__(self, store: LayerStore, slots: Sequence[int], end: int) -> None:
+        super().__init__(store.columns)
+        self._store, self._slots, self._end = store, slots, end
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._write(key_states, value_states)
+        return key_states, value_states
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._slots:
+            self._store.prepare(keys, values)
+            self._store.write_prompts(self._slots, self._end, keys, values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class MergingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
+    """Joining prompts after a shared prefix that attention merges with their own tokens; the slots get the own ones."""
+
+    def __init__(self, store: LayerStore, slots: Sequence[int], end: int, prefix: Prefix, rows: torch.Tensor) -> None:
+        super().__init__(store, slots, end)
+        self._prefix, self._rows = prefix, rows
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._write(key_states, value_states)
+        index = self._store.index
+        return carry(
+            key_states, [SharedKeys(self._prefix.keys[index], self._prefix.values[index], self._rows)]
+        ), value_states
+
+
+class CopyingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
+    """Joining prompts after a shared prefix whose keys and values are copied before each row's own, without a gap.
+
+    `own[row]` is how many of the row's tokens are its own; the others on its left are padding. A row of the result is
+    padding, prefix, own tokens.
+    """
+
+    def __init__(self, store: LayerStore, slots: Sequence[int], end: int, prefix: Prefix, own: Sequence[int]) -> None:
+        super().__init__(store, slots, end)
+        self._prefix, self._own = prefix, own
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        index = self._store.index
+        keys = self._joined(self._prefix.keys[index], key_states)
+        values = self._joined(self._prefix.values[index], value_states)
+        self._write(keys, values)
+        return keys, values
+
+    def _joined(self, prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        width = states.shape[2]
+        joined = states.new_zeros(states.shape[0], states.shape[1], len(self._prefix) + width, states.shape[3])
+        for row, own in enumerate(self._own):
+            joined[row, :, width - own : -own] = prefix[0]
+            joined[row, :, -own:] = states[row, :, width - own :]
+        return joined
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return len(self._prefix) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return len(self._prefix)
+
+
+class PrefixLayer(_View):  # type: ignore[no-untyped-call]
+    """The forward that computes a prefix: keeps each layer's keys and values."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        super().__init__(len(prefix))
+        self._prefix = prefix
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._prefix.keys.append(key_states.contiguous())
+        self._prefix.values.append(value_states.contiguous())
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
