@@ -193,6 +193,30 @@ class ClusterConfig:
 
 
 @dataclass
+class BenchConfig:
+    workload: str = option(
+        "random",
+        "random (no shared tokens), fewshot (shared_tokens in common), mixed (real lengths), or scaling (row_counts)",
+        one_of=("random", "fewshot", "mixed", "scaling"),
+    )
+    rows: int = option(64, "bench: prompts", least=1)
+    prompt_tokens: int = option(512, "bench: tokens of a prompt (of the longest one for mixed)", least=2)
+    new_tokens: int = option(32, "bench: tokens that every engine generates for every prompt", least=1)
+    shared_tokens: int = option(400, "bench: leading tokens that all prompts of fewshot share", least=0)
+    memory: str = option("2.5GiB", "bench: memory limit of every engine's process, page cache included", bytes=True)
+    peers: list[str] = option(
+        ["accelerate", "transformers", "ctranslate2", "deepspeed"],
+        "bench: the engines that flexbatch is compared with",
+        one_of=("accelerate", "transformers", "ctranslate2", "deepspeed"),
+    )
+    batches: list[int] = option([8, 16, 24, 32], "bench: batch sizes of a peer to try, until they get slower", least=1)
+    peer_rows: int = option(0, "bench: rows that a peer runs at its best batch size; 0: all", least=0)
+    repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)
+    row_counts: list[int] = option([10, 100, 1000, 10000], "bench: rows of the runs of scaling", least=1)
+    timeout: float = option(3600.0, "bench: seconds after which an engine's run is given up", least=1.0)
+
+
+@dataclass
 class Config:
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -203,3 +227,4 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
