@@ -101,8 +101,8 @@ def boolean(name: str, text: str) -> bool:
 
 
 def list_of(name: str, text: str, item: type[Any]) -> list[Any]:
-    if item is float:
-        return [number(name, str(entry), float) for entry in flow(name, text if text.startswith("[") else f"[{text}]")]
+    if item in (int, float):
+        return [number(name, str(entry), item) for entry in flow(name, text if text.startswith("[") else f"[{text}]")]
     values = flow(name, text) if text.startswith("[") else [unquoted(text)] if text else []
     return [entry if isinstance(entry, str) else str(entry) for entry in values] if item is str else list(values)
 
