@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+from flexbatch.__main__ import VERBS
 from flexbatch.composition import load_config
 from flexbatch.errors import FlexbatchError
 from flexbatch.overrides import GROUPS, default_text, keys, type_name
@@ -44,8 +46,28 @@ def test_every_exit_code_is_in_the_readme() -> None:
         assert f"\n| {code} |" in README.read_text()
 
 
-def test_the_readmes_configurations_compose() -> None:
-    load_config(["job=generate", "model=hf", "model.path=./my-model", "dataset.path=x.jsonl", "offload=all-disk"])
+def commands() -> list[list[str]]:
+    """Every `flexbatch ...` in the README's shell blocks, as the shell would split it."""
+    found: list[list[str]] = []
+    for block in re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL):
+        for word in shlex.split(block, comments=True):
+            if word == "flexbatch":
+                found.append([])
+            elif found:
+                found[-1].append(word)
+    return found
+
+
+def test_the_commands_of_the_readme_are_right() -> None:
+    runs = [command for command in commands() if not command or command[0] in ("run", "plan") or "=" in command[0]]
+    assert runs
+    for command in runs:
+        load_config([argument for argument in command if "=" in argument])
+
+
+def test_the_verbs_of_the_readme_exist() -> None:
+    verbs = {command[0] for command in commands() if command and "=" not in command[0] and command[0][0] != "-"}
+    assert verbs <= set(VERBS)
 
 
 if __name__ == "__main__":
