@@ -216,7 +216,8 @@ class Progress:
 
     def finish(self, rows_done: int) -> None:
         """The last word: rows that no pass has brought (errors, rows taken over from the journal) count too."""
-        self._samples.append(replace(self._samples[-1], seconds=self.clock(), rows=rows_done))
+        if rows_done != self._samples[-1].rows:
+            self._samples.append(replace(self._samples[-1], seconds=self.clock(), rows=rows_done))
         self._in_flight = 0
         self.total_rows = rows_done if self.total_rows is None else self.total_rows
 

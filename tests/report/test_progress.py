@@ -127,6 +127,17 @@ def test_a_job_of_unknown_length_makes_no_share_up_and_ends_as_done() -> None:
     assert "done in 6 s" in last
 
 
+def test_the_last_line_is_not_said_twice() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(5, stream=stream, clock=clock, every_seconds=5) as progress:
+        for number in range(5):
+            clock.seconds += 1.0
+            progress.update(one_pass(rows_in_flight=4 - number), number + 1)
+        clock.seconds += 1
+        progress.finish(5)
+    assert len(stream.getvalue().splitlines()) == 1
+
+
 def test_a_terminal_gets_a_live_display_with_the_same_facts() -> None:
     reader, writer = pty.openpty()
     clock = Clock()
