@@ -21,6 +21,7 @@ from rich.text import Text
 from flexbatch.records import PassResult
 
 RATE_WINDOW_SECONDS = 180.0
+SAMPLE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +201,9 @@ class Progress:
         self._totals["wait_microseconds"] += round(1e6 * sum(result.waits.values()))
         self._bytes.update(result.bytes_moved)
         self._in_flight = result.rows_in_flight
-        self._samples.append(
-            Sample(
-                now,
-                rows_done,
-                self._totals["decode"],
-                self._totals["prefill"],
-                self._totals["wait_microseconds"] / 1e6,
-                dict(self._bytes),
-            )
-        )
+        totals = self._totals
+        waited = totals["wait_microseconds"] / 1e6
+        self._keep(Sample(now, rows_done, totals["decode"], totals["prefill"], waited, dict(self._bytes)))
         self._forget(now)
         if self._live is None and now - self._printed >= self.every_seconds:
             self._print()
@@ -224,6 +218,12 @@ class Progress:
     @property
     def now(self) -> Snapshot:
         return snapshot(self._samples, self.total_rows, self._in_flight, self._started)
+
+    def _keep(self, sample: Sample) -> None:
+        """Passes of a tiny model take milliseconds: the newest sample replaces the one before if that is as new."""
+        if len(self._samples) > 1 and sample.seconds - self._samples[-2].seconds < SAMPLE_SECONDS:
+            self._samples.pop()
+        self._samples.append(sample)
 
     def _forget(self, now: float) -> None:
         """Keep one sample from before the window, so that the rates are over the whole of it."""

@@ -101,6 +101,16 @@ def test_the_finish_time_follows_the_last_minutes_not_the_whole_run() -> None:
     assert now.seconds_left == pytest.approx((100_000 - now.rows_done) / 10, rel=0.01)
 
 
+def test_a_million_short_passes_take_no_memory() -> None:
+    clock = Clock()
+    with Progress(10**9, stream=io.StringIO(), clock=clock, every_seconds=1e9) as progress:
+        for number in range(20_000):
+            clock.seconds += 0.001
+            progress.update(one_pass(), number + 1)
+        assert len(progress._samples) < 100
+        assert progress.now.decode_tokens_per_second == pytest.approx(8000)
+
+
 def test_nobody_knows_the_finish_before_the_first_row() -> None:
     samples = deque([Sample(0, 0, 0, 0, 0, {}), Sample(1, 0, 5, 5, 0, {})])
     now = snapshot(samples, 10, 5, 0.0)
