@@ -52,13 +52,13 @@ def detect(source: Path) -> str:
     """bin, numpy or metaseq; ModelError says what `source` is instead."""
     if source.is_dir():
         names = sorted(file.name for file in source.iterdir())
-        if any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names):
-            return "bin"
         if any(name.endswith(".safetensors") for name in names):
             raise ModelError(
                 f"{source} holds safetensors already.",
                 remedy=f"Nothing to import: run it with model=hf model.path={source}.",
             )
+        if any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names):
+            return "bin"
         for name in names:
             if name.endswith(".gguf"):
                 raise gguf_error(source / name)

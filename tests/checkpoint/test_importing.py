@@ -421,3 +421,11 @@ def test_peak_memory_is_a_few_tensors_and_not_the_model(tmp_path: Path, monkeypa
     import_checkpoint(tmp_path, tmp_path / "target", config=config, shard_bytes=6_000_000)
     assert len(seen) > 8
     assert max(seen) < total // 3
+
+
+def test_a_folder_that_holds_safetensors_needs_no_import_and_says_so(tmp_path: Path, opt: PreTrainedModel) -> None:
+    opt.save_pretrained(tmp_path / "source")
+    torch.save(opt.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"safetensors already.*\n.*model\.path"):
+        import_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert_same_model(import_checkpoint(tmp_path / "source", tmp_path / "target", layout="bin"), opt)
