@@ -51,6 +51,19 @@ def choose_policy(
     return best.policy, best
 
 
+def frontier(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig
+) -> list[Prediction]:
+    """The best policy for every power of two of slots that fits: what more rows in flight cost a row, and win."""
+    made = []
+    for power in range(min(workload.rows, MOST_SLOTS).bit_length()):
+        try:
+            made.append(choose_policy(spec, hardware, workload, replace(offload, slots=1 << power))[1])
+        except CapacityError:
+            break
+    return made
+
+
 def pick(predictions: Sequence[Prediction]) -> Prediction:
     """The fastest; of those that are as fast, the one with the fewest slots."""
     fastest = min(prediction.seconds for prediction in predictions)
@@ -86,11 +99,13 @@ def _automatic(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
 ) -> Iterator[Prediction]:
     """The linear program's best candidates, rounded and predicted: a coarse search, then a fine one around its best."""
-    coarse = _enumerated(workload, offload, base_policy(offload), slot_counts(workload, offload))
+    base = base_policy(offload)
+    ladder = slot_counts(workload, offload)
+    coarse = [replace(base, slots=slots, prefill_tokens=_steady(workload, offload, slots, base)) for slots in ladder]
     ranked = _ranked(spec, hardware, workload, limits, coarse)
     if ranked:
-        around = _between_steps(ranked[0][1].slots, slot_counts(workload, offload))
-        fine = _enumerated(workload, offload, base_policy(offload), around)
+        around = _around(ranked[0][1].slots, ladder)
+        fine = [policy for policy in _enumerated(workload, offload, base, around) if policy not in coarse]
         ranked = sorted(ranked + _ranked(spec, hardware, workload, limits, fine, ranked[0][0]), key=_seconds)
     for _, policy in ranked[:FINALISTS]:
         rounded = _fitted(spec, hardware, workload, policy, limits)
@@ -150,21 +165,34 @@ def slot_counts(workload: Workload, offload: OffloadConfig) -> list[int]:
     return sorted(slots for slots in ladder if slots <= most)
 
 
-def _between_steps(slots: int, ladder: Sequence[int]) -> list[int]:
-    """Slots between the neighbours of `slots` on the ladder, in up to four steps to either side."""
+def _around(slots: int, ladder: Sequence[int]) -> list[int]:
+    """`slots`, its neighbours on the ladder, and up to three steps between it and either."""
     place = ladder.index(slots)
     low, high = ladder[max(0, place - 1)], ladder[min(len(ladder) - 1, place + 1)]
-    below = {slots - (slots - low) * step // 4 for step in range(1, 4)}
-    above = {slots + (high - slots) * step // 4 for step in range(1, 4)}
-    return sorted((below | above) - set(ladder))
+    below = {slots - (slots - low) * step // 4 for step in range(5)}
+    above = {slots + (high - slots) * step // 4 for step in range(5)}
+    return sorted(below | above)
+
+
+def _joining(workload: Workload, slots: int) -> int:
+    """How many prompts must join each pass so that all slots stay full."""
+    return math.ceil(slots / max(1.0, workload.new_tokens))
+
+
+def _steady(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> int:
+    """Prompt tokens per pass that just keep the slots full."""
+    if str(offload.prefill_tokens) != "auto":
+        return int(offload.prefill_tokens)
+    shown = workload if base.prefix_sharing else workload.without_sharing()
+    return math.ceil(_joining(shown, slots) * shown.own_tokens)
 
 
 def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> list[int]:
-    """Prompt tokens per pass to try: what keeps the slots full with little to spare, and a few around it."""
+    """Prompt tokens per pass to try: what keeps the slots full, and less and more."""
     if str(offload.prefill_tokens) != "auto":
         return [int(offload.prefill_tokens)]
     shown = workload if base.prefix_sharing else workload.without_sharing()
-    steady = math.ceil(slots / max(1.0, shown.new_tokens))
+    steady = _joining(shown, slots)
     joining = sorted({1, max(1, steady // 2), steady, steady + 1, 2 * steady, slots})
     return [math.ceil(count * shown.own_tokens) for count in joining if count <= slots]
 
