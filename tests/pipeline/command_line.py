@@ -208,7 +208,7 @@ def _child(order: _Order) -> None:
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.environ.update(order.environment)
         os.chdir(order.cwd)
         code = _command(order)
@@ -225,8 +225,7 @@ def _child(order: _Order) -> None:
 def _command(order: _Order) -> int:
     from flexbatch.__main__ import main
 
-    if order.token_counter:
-        _count_tokens(Path(order.token_counter))
+    _watch_passes(Path(order.token_counter or os.devnull))
     if order.file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_size, order.file_size))
     if order.user:
@@ -260,12 +259,12 @@ def _die(delay: float) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _count_tokens(file: Path) -> None:
-    """Every pass adds its decoded tokens to the number in `file`, so that a killed attempt's count is exact too."""
+def _watch_passes(counter: Path) -> None:
+    """Every pass adds its decoded tokens to the number in `counter`: exact, even where the attempt is killed."""
     from flexbatch.data.ledger import Ledger
 
     record = Ledger.record
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(counter, os.O_RDWR | os.O_CREAT)
 
     def counted(self: Ledger, result: Any) -> None:
         before = int(os.pread(descriptor, 20, 0) or b"0")
