@@ -65,11 +65,11 @@ def dummy_index(
     """
     expected = expected_tensors(config)
     files, file_of = _files(expected)
-    folder = cache_dir.expanduser() / "dummy" / _key(config, files, dtype, seed)
+    deviation = float(getattr(config, "initializer_range", None) or STANDARD_DEVIATION)
+    folder = cache_dir.expanduser() / "dummy" / _key(config, files, dtype, seed, deviation)
     folder.mkdir(parents=True, exist_ok=True)
     _check_space(folder, files, dtype)
     near_zero_norms = config.model_type.startswith("gemma")  # Gemma multiplies by one plus the stored weight.
-    deviation = float(getattr(config, "initializer_range", None) or STANDARD_DEVIATION)
     for file in files:
         _make(folder, file, dtype, _Values(seed, deviation, 0.0 if near_zero_norms else 1.0), report)
     headers = {file.stem: SafetensorsIndex.of_file(folder / f"{file.stem}.safetensors") for file in files}
@@ -115,9 +115,9 @@ def _within_layer(name: str, number: int) -> str:
     return name.split(f".{number}.", 1)[1]
 
 
-def _key(config: PreTrainedConfig, files: list[_File], dtype: torch.dtype, seed: int) -> str:
+def _key(config: PreTrainedConfig, files: list[_File], dtype: torch.dtype, seed: int, deviation: float) -> str:
     layout = [[file.stem, [[name, list(shape)] for name, shape in file.shapes.items()]] for file in files]
-    digest = hashlib.sha256(json.dumps([layout, str(dtype), seed, STANDARD_DEVIATION]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([layout, str(dtype), seed, deviation]).encode()).hexdigest()
     return f"{config.model_type}-{digest[:16]}"
 
 
