@@ -38,16 +38,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes of each tier that may be used, and the folder for what goes to disk."""
+    """Bytes of each tier that may be used, and the folder for what goes to disk.
+
+    With `one_memory` device and host are both main memory: `device` limits their sum.
+    """
 
     device: int = UNLIMITED
     host: int = UNLIMITED
     disk: int = UNLIMITED
     disk_folder: Path = Path()
+    one_memory: bool = False
 
     def budgets(self) -> dict[Tier, TierBudget]:
-        amounts = {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}
-        return {tier: TierBudget(tier, amount) for tier, amount in amounts.items()}
+        device = TierBudget(Tier.DEVICE, self.device)
+        host = device if self.one_memory else TierBudget(Tier.HOST, self.host)
+        return {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: TierBudget(Tier.DISK, self.disk)}
 
 
 @dataclass(frozen=True)

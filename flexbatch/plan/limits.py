@@ -13,18 +13,25 @@ from flexbatch.plan.policy import Tier
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes of each tier that may be in use at any moment."""
+    """Bytes of each tier that may be in use at any moment.
+
+    With `one_memory` (no accelerator) device and host are both main memory, and `device` limits their sum.
+    """
 
     device: int
     host: int
     disk: int
+    one_memory: bool = False
 
     def of(self, tier: Tier) -> int:
         return {Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.DISK: self.disk}[tier]
 
     def exceeded(self, peak: Mapping[Tier, int]) -> Tier | None:
         """The first tier whose limit `peak` is over, or None."""
-        return next((tier for tier in Tier if peak[tier] > self.of(tier)), None)
+        used = dict(peak)
+        if self.one_memory:
+            used[Tier.DEVICE], used[Tier.HOST] = peak[Tier.DEVICE] + peak[Tier.HOST], 0
+        return next((tier for tier in Tier if used[tier] > self.of(tier)), None)
 
 
 # The key that a user turns to change a tier's limit.
@@ -41,7 +48,7 @@ def limits_of(hardware: HardwareProfile, offload: OffloadConfig) -> Limits:
         host = _limit(offload.host_memory, hardware.host_memory, "offload.host_memory")
         return Limits(device, host, hardware.disk_space)
     host = _limit(offload.host_memory, hardware.device_memory, "offload.host_memory")
-    return Limits(min(device, host), 0, hardware.disk_space)
+    return Limits(min(device, host), 0, hardware.disk_space, one_memory=True)
 
 
 def _limit(text: str, free: int, key: str) -> int:

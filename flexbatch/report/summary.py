@@ -27,6 +27,17 @@ class ScoreLine:
     main: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left: its folder, rows, tokens, why completions ended, and the seconds of this attempt."""
+
+    folder: Path
+    rows: int
+    tokens: int
+    finish_reasons: Mapping[str, int]
+    seconds: float
+
+
 def scores_table(lines: Sequence[ScoreLine]) -> Table:
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("scenario")
@@ -46,18 +57,23 @@ def scores_table(lines: Sequence[ScoreLine]) -> Table:
     return table
 
 
-def closing_lines(
-    folder: Path, rows: int, tokens: int, finish_reasons: Mapping[str, int], seconds: float, command: str
-) -> list[str]:
+def closing_lines(outcome: Outcome, command: str) -> list[str]:
     """Where the results are and how to resume, plan and read them. `command` is what the run was started with."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(finish_reasons.items()))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.finish_reasons.items()))
+    folder = outcome.folder
     return [
-        f"{rows} rows, {tokens} tokens generated ({reasons}); this attempt took {duration_text(seconds)}.",
+        f"{outcome.rows} rows, {outcome.tokens} tokens generated ({reasons}); "
+        f"this attempt took {duration_text(outcome.seconds)}.",
         f"Results  {folder}/data  (Parquet; metrics.json and report.html beside it)",
         f"Read     python -c \"import pandas; print(pandas.read_parquet('{folder}/data'))\"",
         f"Resume   {command}   (the same command goes on after any interruption)",
         f"Plan     {command.replace('flexbatch', 'flexbatch plan', 1)}   (where everything lives, how long it takes)",
     ]
+
+
+def print_table(table: Table) -> None:
+    """To standard error, beside the progress."""
+    Console(file=sys.stderr, highlight=False).print(table)
 
 
 def print_summary(lines: Sequence[ScoreLine], closing: Sequence[str]) -> None:

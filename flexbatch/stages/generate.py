@@ -21,10 +21,10 @@ OnPass = Callable[[PassResult, int], None]
 
 def generate(engine: Engine, work: Work, ledger: Ledger, writer: PartWriter, on_pass: OnPass) -> None:
     """Runs all rows that are not done yet and writes their parts. Whatever stops it, what is finished is on disk."""
-    assembler = PartAssembler(work.part_rows)
+    assembler, scorer = PartAssembler(work.part_rows), work.scorer
 
     def write(part: Part) -> None:
-        writer.write(part)
+        writer.write(part, [scorer.values(done.text) for _, done in part.rows] if scorer else ())
         ledger.part_written(part)
 
     def complete(completions: Iterable[Completion]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,19 @@ from typing import Any
 from flexbatch.config import DatasetConfig
 from flexbatch.data.durable import write_file
 from flexbatch.data.reader import Source
+from flexbatch.data.results import read_results
 from flexbatch.data.writer import list_parts
 from flexbatch.evaluation.summary import Scores
-from flexbatch.report.summary import ScoreLine
+from flexbatch.report.summary import Outcome, ScoreLine
 from flexbatch.stages.model import Model
 from flexbatch.stages.work import Work
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A finished run: its folder, rows, tokens, why completions ended, and the scores of a scored job."""
+    """A finished run: what it left, and the scores of a scored job."""
 
-    folder: Path
-    rows: int
-    generated_tokens: int
-    finish_reasons: Mapping[str, int]
-    seconds: float
+    outcome: Outcome
     scores: Scores | None = None
 
     def score_lines(self) -> list[ScoreLine]:
@@ -48,18 +44,20 @@ def output_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> RunSummary:
     """Reads the output back, scores it where the job is scored, and writes `metrics.json`."""
-    reasons: Counter[str] = Counter()
-    tokens = 0
-    for row in output_rows(folder):
-        reasons[row["finish_reason"]] += 1
-        tokens += len(row["completion_ids"])
-    scores = work.evaluation.score(output_rows(folder), model.tokenizer) if work.evaluation else None
-    summary = RunSummary(folder, sum(reasons.values()), tokens, dict(reasons), seconds, scores)
+    results = read_results(folder)
+    scores = _score(folder, work, model)
+    outcome = Outcome(folder, results.rows, results.completion_tokens, results.finish_reasons, seconds)
     metrics = {
-        "rows": summary.rows,
-        "generated_tokens": tokens,
-        "finish_reasons": summary.finish_reasons,
+        "rows": results.rows,
+        "generated_tokens": results.completion_tokens,
+        "finish_reasons": dict(results.finish_reasons),
         **(scores.metrics() if scores else {}),
     }
     write_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode(), folder / "_tmp")
-    return summary
+    return RunSummary(outcome, scores)
+
+
+def _score(folder: Path, work: Work, model: Model) -> Scores | None:
+    if work.evaluation is not None:
+        return work.evaluation.score(output_rows(folder), model.tokenizer)
+    return work.scorer.score(output_rows(folder)) if work.scorer is not None else None

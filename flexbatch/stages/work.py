@@ -7,18 +7,36 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from flexbatch.config import Config
+from flexbatch.config import Config, JobConfig
 from flexbatch.data.batcher import Placed, job_order, split_parts
 from flexbatch.data.columns import ColumnType
 from flexbatch.data.prompts import PromptBuilder
 from flexbatch.data.reader import Source
+from flexbatch.engine.engine import Constraint
 from flexbatch.errors import ConfigError
 from flexbatch.evaluation.evaluation import COLUMNS, Evaluation, build_evaluation
 from flexbatch.evaluation.fitting import Limits
+from flexbatch.evaluation.row_scores import Extraction, RowScorer, build_row_scorer
 from flexbatch.records import Prompt
 from flexbatch.stages.model import Model
 
+SCANNED_ROWS = 4096  # jobs up to this long are read once before they start, for the plan
 BUILD_ROWS = 256  # rows rendered and tokenized in one call
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What the first prompts of a job look like, in its order; all of them if `complete`.
+
+    `lengths` are tokens of prompts that can be run, `shared` how many of them belong to a prefix group (`groups` of
+    them). `longest_own` is the longest prompt without its prefix.
+    """
+
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...]
+    groups: int
+    longest_own: int
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -39,15 +57,27 @@ class Work:
     part_rows: int
     several_completions: bool = False
     evaluation: Evaluation | None = None
+    scorer: RowScorer | None = None
+    constraints: Mapping[str, Constraint] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     def placed(self) -> Iterator[Placed]:
         """Every prompt with its place in the job's order."""
         return split_parts(job_order(self.prompts(), self.window), self.part_rows)
 
-    def sample(self, rows: int = 256) -> list[Prompt]:
-        """The first prompts, for the plan."""
-        return list(itertools.islice(self.prompts(), rows))
+    def scan(self) -> Scan:
+        """Reads ahead for the plan: all prompts of a job of moderate length, the first windows of a longer one."""
+        complete = self.total is not None and self.total <= SCANNED_ROWS
+        rows = SCANNED_ROWS if complete else min(SCANNED_ROWS, 2 * self.window)
+        seen = [item.prompt for item in itertools.islice(self.placed(), rows)]
+        fit = [prompt for prompt in seen if not prompt.error]
+        return Scan(
+            lengths=tuple(len(prompt.token_ids) for prompt in fit),
+            shared=tuple(prompt.shared_tokens for prompt in fit),
+            groups=len({prompt.token_ids[: prompt.shared_tokens] for prompt in fit if prompt.shared_tokens}),
+            longest_own=max((len(prompt.token_ids) - prompt.shared_tokens for prompt in fit), default=1),
+            complete=complete,
+        )
 
 
 def describe_work(config: Config, model: Model) -> Work:
@@ -63,7 +93,10 @@ def _dataset_work(config: Config, model: Model) -> Work:
     source = Source.open(config.dataset)
     longest_new = config.generation.max_new_tokens
     longest, notes = _longest_prompt(config, model, longest_new)
-    wanted = dict.fromkeys([*config.output.columns, *config.job.gold.values(), *filter(None, [config.job.reference])])
+    scorer = build_row_scorer(config.job)
+    wanted = dict.fromkeys([*config.output.columns, *(scorer.source_columns if scorer else ())])
+    constraints = _constraints(scorer, config, model)
+    constraint = next(iter(constraints), "")
     prompt_config = replace(config.prompt, max_tokens=longest)
     builder = PromptBuilder(
         prompt_config, config.generation, model.tokenizer, columns=source.columns, carried=list(wanted)
@@ -72,7 +105,7 @@ def _dataset_work(config: Config, model: Model) -> Work:
     def prompts() -> Iterator[Prompt]:
         rows = source.rows()
         while block := list(itertools.islice(rows, BUILD_ROWS)):
-            yield from builder.build(block)
+            yield from (replace(prompt, constraint=constraint) for prompt in builder.build(block))
 
     described = source.describe()
     count = config.generation.num_completions
@@ -84,11 +117,14 @@ def _dataset_work(config: Config, model: Model) -> Work:
         carried={name: source.columns[name] for name in wanted},
         identity={
             "dataset": described.fingerprint() | _subset(config.dataset, "split", "id_column", "limit"),
+            "target": _target(config.job),
             "prompt": asdict(prompt_config) | builder.identity,
         },
         window=config.prompt.window,
         part_rows=config.output.part_rows,
         several_completions=count > 1,
+        scorer=scorer,
+        constraints=constraints,
         notes=notes,
     )
 
@@ -113,6 +149,22 @@ def _evaluation_work(config: Config, model: Model) -> Work:
     )
 
 
+def _constraints(scorer: RowScorer | None, config: Config, model: Model) -> dict[str, Constraint]:
+    """The decoding constraint of an extraction, by the name that its prompts carry."""
+    if not isinstance(scorer, Extraction) or not scorer.constrain:
+        return {}
+    from flexbatch.evaluation.constraints import compile_constraint
+
+    made = compile_constraint(
+        scorer.target,
+        model.tokenizer,
+        vocabulary_size=model.config.get_text_config().vocab_size,
+        max_new_tokens=config.generation.max_new_tokens,
+        end_tokens=sorted(model.end_tokens),
+    )
+    return {"target": made}
+
+
 def _longest_prompt(config: Config, model: Model, longest_new: int) -> tuple[int, tuple[str, ...]]:
     """`prompt.max_tokens`, or what the model's positions leave beside the completion."""
     wanted, positions = config.prompt.max_tokens, model.context_tokens
@@ -125,6 +177,11 @@ def _longest_prompt(config: Config, model: Model, longest_new: int) -> tuple[int
             remedy=f"Set generation.max_new_tokens below {positions}.",
         )
     return room, (f"prompts are cut to {room} tokens: of {positions} positions, {longest_new} are generated",)
+
+
+def _target(job: JobConfig) -> dict[str, Any]:
+    """What an extraction is held to."""
+    return _subset(job, "schema", "regex", "choices", "constrain") if job.kind == "extract" else {}
 
 
 def _subset(record: Any, *names: str) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""The engine of a job: its model under its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexbatch.config import Config
+from flexbatch.engine.engine import Engine, Vocabulary
+from flexbatch.engine.opening import EngineOptions, Limits, open_engine
+from flexbatch.report.plan_text import Plan
+from flexbatch.stages.model import Model
+from flexbatch.stages.work import Work
+
+
+def open_for(config: Config, model: Model, work: Work, plan: Plan, scratch: Path) -> Engine:
+    """Loads what is resident and starts the stream of the rest. `scratch` takes what goes to disk."""
+    disk_folder = Path(config.offload.disk_dir).expanduser() if config.offload.disk_dir else scratch
+    disk_folder.mkdir(parents=True, exist_ok=True)
+    limits, scan = plan.limits, work.scan()
+    longest = max(scan.lengths, default=1) if scan.complete else work.longest_prompt
+    return open_engine(
+        model.checkpoint(Path(config.model.cache_dir).expanduser()),
+        plan.prediction.policy,
+        Limits(limits.device, limits.host, limits.disk, disk_folder, limits.one_memory),
+        Vocabulary(model.tokenizer, model.end_tokens),
+        EngineOptions(
+            span=longest + work.longest_new,
+            own_span=scan.longest_own + work.longest_new if scan.complete else 0,
+            dtype=model.dtype,
+            device=model.device,
+            padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,
+            reader=config.offload.reader,
+            constraints=work.constraints,
+        ),
+    )

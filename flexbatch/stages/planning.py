@@ -1,0 +1,81 @@
+"""The plan of a run: the machine, the model's sizes and the work, and the policy that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexbatch.composition import bundled
+from flexbatch.config import Config
+from flexbatch.engine.calibration import familiar_hardware, measure_hardware
+from flexbatch.engine.model_shapes import spec_from_config
+from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
+from flexbatch.plan.limits import limits_of
+from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.optimizer import choose_policy
+from flexbatch.plan.workload import Workload
+from flexbatch.report.plan_text import Plan
+from flexbatch.stages.model import Model
+from flexbatch.stages.work import Scan, Work
+
+# A model this small beside the free memory needs no measured machine: everything is resident whatever the rates are.
+SMALL_MODEL = 0.05
+
+
+def plan_run(config: Config, model: Model, work: Work) -> Plan:
+    """The plan that a run follows. CapacityError where the limits cannot be met."""
+    return make_plan(config, model, work, measure=False)
+
+
+def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Plan:
+    """With `measure` the machine is measured if it was not before; otherwise only where the figures matter."""
+    spec = model_spec(model)
+    hardware = describe_hardware(config, model, spec, measure=measure)
+    workload = describe_workload(work, work.scan())
+    _, prediction = choose_policy(spec, hardware, workload, config.offload)
+    return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
+
+
+def model_spec(model: Model) -> ModelSpec:
+    compute = str(model.dtype).removeprefix("torch.")
+    entries = model.found.index.entries.values() if model.found.index else ()
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    amounts: dict[str, int] = {}
+    for entry in entries:
+        if entry.dtype in names:
+            amounts[names[entry.dtype]] = amounts.get(names[entry.dtype], 0) + entry.nbytes
+    stored = max(amounts, key=lambda name: amounts[name], default=compute)
+    return spec_from_config(model.config, model.found.name, stored, compute)
+
+
+def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure: bool) -> HardwareProfile:
+    """The machine that `hardware=` names, or this one."""
+    if config.hardware.profile:
+        return profile_from_mapping(config.hardware.profile, where=f"hardware={config.hardware.name}")
+    cache = Path(config.model.cache_dir).expanduser()
+    disk = Path(config.offload.disk_dir).expanduser() if config.offload.disk_dir else cache
+    if model.device.type == "cpu" and not measure:
+        familiar = familiar_hardware(model.device, disk, cache, _typical_rates())
+        if spec.weight_bytes(16) < SMALL_MODEL * familiar.device_memory:
+            return familiar
+    return measure_hardware(model.device, disk, cache)
+
+
+def describe_workload(work: Work, scan: Scan) -> Workload:
+    """The scanned prompts stand for all rows."""
+    rows = work.total if work.total is not None else max(len(scan.lengths), 1)
+    shared = [tokens for tokens in scan.shared if tokens]
+    alike = Workload.from_samples(max(1, rows), scan.lengths or (work.longest_prompt,), work.longest_new)
+    if not shared:
+        return alike
+    mean = sum(shared) / len(scan.shared)
+    return replace(alike, shared_tokens=mean, rows_per_group=len(shared) / max(1, scan.groups))
+
+
+def _typical_rates() -> dict[str, Any]:
+    content = yaml.safe_load((bundled("conf") / "hardware" / "cpu-2core.yaml").read_text(encoding="utf-8"))
+    rates: dict[str, Any] = content["profile"]
+    return rates
