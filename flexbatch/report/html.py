@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import time
@@ -37,6 +38,7 @@ class Facts:
     plan: Mapping[str, Any]
     config: Mapping[str, Any]
     overrides: Sequence[str]
+    frontier: bytes = b""
 
     @property
     def sums(self) -> Totals:
@@ -53,6 +55,7 @@ def gather(folder: Path) -> Facts:
         plan=_mapping(folder / "_state" / "plan.json"),
         config=_mapping(folder / ".hydra" / "config.yaml"),
         overrides=_list(folder / ".hydra" / "overrides.yaml"),
+        frontier=_picture(folder / "frontier.png"),
     )
 
 
@@ -71,6 +74,12 @@ def _mapping(path: Path) -> Mapping[str, Any]:
 def _list(path: Path) -> Sequence[str]:
     content = _load(path)
     return [str(entry) for entry in content] if isinstance(content, list) else []
+
+
+def _picture(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +170,10 @@ def render(facts: Facts) -> str:
         results=facts.results,
         samples=[sample_view(row) for row in facts.results.samples],
         failures=[sample_view(row) for row in facts.results.failures],
-        plan=list(flat(facts.plan)),
+        plan_lines=facts.plan.get("lines", ()),
+        frontier=base64.b64encode(facts.frontier).decode(),
+        comparison=facts.plan.get("comparison", ()),
+        plan=list(flat({key: value for key, value in facts.plan.items() if key not in ("lines", "comparison")})),
         overrides=facts.overrides,
         config=list(flat(facts.config)),
         now=time.time(),

@@ -45,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
     target = tmp_path / "out"
     with Ledger.open(target, {"seed": 0}, part_rows=PART_ROWS) as ledger, Timeline(target, Clock()) as timeline:
         ledger.set_total(ROWS)
-        ledger.save_plan({"predicted": {"tokens_per_second": 12.5}, "policy": {"slots": 8}})
+        compared = {"figure": "speed", "predicted": 10.0, "measured": 12.5, "unit": "tokens/s"}
+        ledger.save_plan({"lines": ["Runs 8 rows"], "comparison": [compared], "predicted": {"tokens_per_second": 10.0}})
         writer = PartWriter(target)
         for number in range(ROWS // PART_ROWS):
             rows = tuple(one_row(number * PART_ROWS + offset) for offset in range(PART_ROWS))
@@ -107,7 +108,15 @@ def test_the_report_is_one_file_with_every_section(folder: Path) -> None:
     page = path.read_text()
     expected = ["Scores", "Throughput", "Where the time went", "Plan", "Rows", "Rows with an error", "Samples"]
     assert outline(page).headings == [*expected, "Attempts", "Configuration"]
-    for part in ("12 of 12", "exact_match", "0.250 to 0.750", "template failed", "tokens_per_second", "<svg"):
+    for part in (
+        "12 of 12",
+        "exact_match",
+        "0.250 to 0.750",
+        "template failed",
+        "predicted.tokens_per_second",
+        "1.25</td>",
+        "<svg",
+    ):
         assert part in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
