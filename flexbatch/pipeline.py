@@ -13,17 +13,19 @@ from flexbatch.config import Config
 from flexbatch.data.ledger import Ledger
 from flexbatch.data.writer import PartWriter
 from flexbatch.interrupt import StopSignal
+from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
 from flexbatch.report.html import write_report
-from flexbatch.report.plan_text import Plan, plan_lines, predicted_against_measured
+from flexbatch.report.plan_record import plan_record
+from flexbatch.report.plan_text import Plan, plan_lines, predicted_against_measured, print_plan
 from flexbatch.report.progress import Progress
 from flexbatch.report.summary import closing_lines, print_summary, print_table
 from flexbatch.report.timeline import Timeline
 from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
-from flexbatch.stages.model import Model, find_model
+from flexbatch.stages.model import Model, find_model, find_model_to_plan
 from flexbatch.stages.opening import open_for
-from flexbatch.stages.planning import plan_run
+from flexbatch.stages.planning import draw_frontier, make_plan, plan_run
 from flexbatch.stages.results import RunSummary, summarize_run
 from flexbatch.stages.tally import Tally
 from flexbatch.stages.work import Work, describe_work
@@ -55,6 +57,17 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
     return summary
 
 
+def plan(config: Config) -> Plan:
+    """Where everything would live and how long it would take; reads no weights. Writes a picture of the frontier."""
+    model, notes = find_model_to_plan(config)
+    work = describe_work(config, model)
+    made = make_plan(config, model, work, measure=True)
+    advice = advise(made.spec, made.hardware, made.workload, config.offload, made.prediction)
+    picture = draw_frontier(config, made, Path(config.output.dir))
+    print_plan(made, advice, [*notes, *work.notes, f"Frontier of speed and latency: {picture}"])
+    return made
+
+
 def announce(work: Work, plan: Plan) -> None:
     """The plan in five lines, and what the user should know beforehand, on standard error."""
     for line in (*plan_lines(plan), *work.notes):
@@ -66,8 +79,9 @@ def _generate(
 ) -> None:
     """The part of a run that needs the model in memory."""
     engine = open_for(config, model, work, plan, ledger.scratch)
+    ledger.save_plan(plan_record(plan))
     tally = Tally()
-    with Timeline(ledger.folder) as timeline, Progress(work.total or 0, ledger.rows_done, sys.stderr) as progress:
+    with Timeline(ledger.folder) as timeline, Progress(work.total, ledger.rows_done, sys.stderr) as progress:
 
         def on_pass(result: PassResult, rows_done: int) -> None:
             tally.add(result)
@@ -77,6 +91,8 @@ def _generate(
 
         try:
             generate(engine, work, ledger, writer, on_pass)
+            progress.finish(ledger.rows_done)
         finally:
             engine.close()
+    ledger.save_plan(plan_record(plan, tally.measured()))
     print_table(predicted_against_measured(plan, tally.measured()))

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction, Resource
@@ -59,6 +61,16 @@ def plan_lines(plan: Plan, advice: Sequence[Advice] = ()) -> list[str]:
         f"prefill {duration_text(made.prefill_seconds)}, decode {duration_text(made.decode_seconds)}",
         f"Bound by {made.binding.value} ({_busy_text(made)})" + (f"; {_advice_text(advice)}" if advice else ""),
     ]
+
+
+def print_plan(plan: Plan, advice: Sequence[Advice], notes: Sequence[str]) -> None:
+    """The whole plan to standard output: tables, then the five lines, then what else is to be known."""
+    console = Console(soft_wrap=True, highlight=False)
+    for table in plan_tables(plan, advice):
+        console.print(table)
+        console.print()
+    for line in (*plan_lines(plan, advice), *notes):
+        console.print(Text(line))
 
 
 def shares_text(shares: Shares) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from flexbatch.checkpoint.dummy import dummy_index
 from flexbatch.checkpoint.resolve import ModelFolder, resolve_model
+from flexbatch.composition import bundled
 from flexbatch.config import Config
 from flexbatch.engine.opening import Checkpoint, compute_dtype
-from flexbatch.errors import ConfigError
+from flexbatch.errors import ConfigError, ModelError
 from flexbatch.memory.safetensors_header import TensorEntry
 
 SAMPLE_BYTES = 1 << 14
@@ -57,13 +58,33 @@ class Model:
 def find_model(config: Config) -> Model:
     """The model that the configuration names. ModelError for anything wrong with it."""
     found = resolve_model(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(found.require_tokenizer())
+    return _described(config, found, found.require_tokenizer())
+
+
+def find_model_to_plan(config: Config) -> tuple[Model, tuple[str, ...]]:
+    """As `find_model`, where neither weights nor tokenizer need be here; and what the plan then rests on."""
+    notes = []
+    try:
+        found = resolve_model(config.model)
+    except ModelError:
+        if not config.model.config:
+            raise
+        found = resolve_model(replace(config.model, weights="dummy"))
+        notes.append(f"no weights of {config.model.name} are here; its shapes come from the configuration")
+    tokenizer = found.tokenizer
+    if tokenizer is None:
+        tokenizer = bundled("embedded") / "opt_tiny"
+        notes.append("prompt lengths are counted with the tokenizer of opt-tiny, because the model's own is not here")
+    return _described(config, found, tokenizer), tuple(notes)
+
+
+def _described(config: Config, found: ModelFolder, tokenizer: Path) -> Model:
     device = compute_device(config.offload.device)
     stored = found.index.entries if found.index else {}
     choice = config.model.dtype if stored or config.model.dtype != "auto" else _stated_dtype(found.config)
     return Model(
         found,
-        tokenizer,
+        AutoTokenizer.from_pretrained(tokenizer),
         compute_dtype(choice, stored, device),
         device,
         end_tokens(found),

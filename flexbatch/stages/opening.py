@@ -16,7 +16,7 @@ def open_for(config: Config, model: Model, work: Work, plan: Plan, scratch: Path
     """Loads what is resident and starts the stream of the rest. `scratch` takes what goes to disk."""
     disk_folder = Path(config.offload.disk_dir).expanduser() if config.offload.disk_dir else scratch
     disk_folder.mkdir(parents=True, exist_ok=True)
-    limits, scan = plan.limits, work.scan()
+    limits, scan = plan.limits, work.scan
     longest = max(scan.lengths, default=1) if scan.complete else work.longest_prompt
     return open_engine(
         model.checkpoint(Path(config.model.cache_dir).expanduser()),

@@ -15,8 +15,9 @@ from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import ModelSpec
-from flexbatch.plan.optimizer import choose_policy
+from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.workload import Workload
+from flexbatch.report.frontier import write_frontier
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.model import Model
 from flexbatch.stages.work import Scan, Work
@@ -34,7 +35,7 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Pla
     """With `measure` the machine is measured if it was not before; otherwise only where the figures matter."""
     spec = model_spec(model)
     hardware = describe_hardware(config, model, spec, measure=measure)
-    workload = describe_workload(work, work.scan())
+    workload = describe_workload(work, work.scan)
     _, prediction = choose_policy(spec, hardware, workload, config.offload)
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
 
@@ -62,6 +63,15 @@ def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure:
         if spec.weight_bytes(16) < SMALL_MODEL * familiar.device_memory:
             return familiar
     return measure_hardware(model.device, disk, cache)
+
+
+def draw_frontier(config: Config, plan: Plan, folder: Path) -> Path:
+    """A picture of speed against latency for rising slots, in the output folder."""
+    predictions = frontier(plan.spec, plan.hardware, plan.workload, config.offload)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "frontier.png"
+    write_frontier(predictions, plan.prediction, picture, title=f"{plan.spec.name} on {plan.hardware.name}")
+    return picture
 
 
 def describe_workload(work: Work, scan: Scan) -> Workload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from flexbatch.config import Config, JobConfig
@@ -65,6 +66,7 @@ class Work:
         """Every prompt with its place in the job's order."""
         return split_parts(job_order(self.prompts(), self.window), self.part_rows)
 
+    @cached_property
     def scan(self) -> Scan:
         """Reads ahead for the plan: all prompts of a job of moderate length, the first windows of a longer one."""
         complete = self.total is not None and self.total <= SCANNED_ROWS
