@@ -25,6 +25,8 @@ from flexbatch.stages.work import Scan, Work
 # A model this small beside the free memory needs no measured machine: everything is resident whatever the rates are.
 SMALL_MODEL = 0.05
 
+HALF = ("bfloat16", "float16", "float32")
+
 
 def plan_run(config: Config, model: Model, work: Work) -> Plan:
     """The plan that a run follows. CapacityError where the limits cannot be met."""
@@ -35,6 +37,8 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Pla
     """With `measure` the machine is measured if it was not before; otherwise only where the figures matter."""
     spec = model_spec(model)
     hardware = describe_hardware(config, model, spec, measure=measure)
+    if config.hardware.profile and config.model.dtype == "auto":
+        spec = replace(spec, compute_dtype=usual_dtype(spec, hardware))
     workload = describe_workload(work, work.scan)
     _, prediction = choose_policy(spec, hardware, workload, config.offload)
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
@@ -50,6 +54,11 @@ def model_spec(model: Model) -> ModelSpec:
             amounts[names[entry.dtype]] = amounts.get(names[entry.dtype], 0) + entry.nbytes
     stored = max(amounts, key=lambda name: amounts[name], default=compute)
     return spec_from_config(model.config, model.found.name, stored, compute)
+
+
+def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:
+    """What `model.dtype=auto` means on another machine: the stored type, or the nearest that it computes in."""
+    return next((kind for kind in (spec.compute_dtype, *HALF) if kind in hardware.gemm), spec.compute_dtype)
 
 
 def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure: bool) -> HardwareProfile:
