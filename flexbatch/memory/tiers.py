@@ -122,7 +122,7 @@ class DiskArena:
         Path(name).unlink()
         self._descriptor = descriptor
         try:
-            _allocate(descriptor, self.nbytes, folder)
+            allocate(descriptor, self.nbytes, folder)
             self._map = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_SHARED)
         except BaseException:
             os.close(descriptor)
@@ -193,7 +193,8 @@ class HostArena:
             self._budget.release(*self._reserved.pop())
 
 
-def _allocate(descriptor: int, nbytes: int, folder: Path) -> None:
+def allocate(descriptor: int, nbytes: int, folder: Path) -> None:
+    """Gives a file its space on disk beforehand; CapacityError if `folder` has no room for it."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, nbytes)
@@ -202,13 +203,13 @@ def _allocate(descriptor: int, nbytes: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"{folder} cannot hold tensors: {error.strerror}.", remedy="Set offload.disk_dir to another disk."
+                f"{folder} cannot hold tensors: {error.strerror}.", remedy="Use a folder on another disk."
             ) from error
         free = shutil.disk_usage(folder).free
         raise CapacityError(
-            f"The disk tier needs {format_bytes(nbytes)} in {folder}, where {format_bytes(free)} are free "
+            f"The disk needs {format_bytes(nbytes)} in {folder}, where {format_bytes(free)} are free "
             f"({error.strerror}).",
-            remedy="Free space, set offload.disk_dir to another disk, or keep more of KV and hidden states in memory.",
+            remedy="Free space, or use another disk: offload.disk_dir for KV cache, model.cache_dir for weights.",
         ) from error
 
 

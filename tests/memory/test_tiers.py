@@ -118,7 +118,7 @@ def test_a_disk_arena_hands_out_no_more_than_it_has(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(CapacityError, match="disk tier needs") as caught:
+    with pytest.raises(CapacityError, match="disk needs") as caught:
         DiskArena(tmp_path, 1 << 50)
     assert "offload.disk_dir" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,7 @@ def layer_units(index: SafetensorsIndex, count: int = 4) -> list[StreamUnit]:
     return [StreamUnit(f"layer{number}", tuple(tensors[number::count])) for number in range(count)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_every_tensor_equals_its_source_in_every_pass(
     files: tuple[SafetensorsIndex, dict[str, torch.Tensor]], data: st.DataObject
@@ -91,7 +91,7 @@ def test_every_tensor_equals_its_source_in_every_pass(
         reader.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(depth=st.integers(1, 4), spare=st.integers(0, 300_000), backwards=st.booleans())
 def test_memory_that_is_held_is_never_written_to(
     files: tuple[SafetensorsIndex, dict[str, torch.Tensor]], depth: int, spare: int, backwards: bool

@@ -1,0 +1,68 @@
+"""Linear layers in 8-bit integers on the CPU (W8A8): past the bf16 roofline where the processor has VNNI or the like.
+
+Weights have one scale per output channel, activations one per row, both symmetric; the product is exact in int32.
+Dettmers et al., arXiv 2208.07339, section 2.1 (vector-wise quantisation), without its separate path for outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+LARGEST = 127
+CHUNK = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Layout:
+    """How a weight [..., out, in] is kept: int8 [..., out, in] and float32 scale [..., out]."""
+
+    shape: tuple[int, ...]
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The `parts` of a weight of this shape, or of some of its leading rows."""
+        return quantize_rows(tensor)
+
+    @property
+    def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+        """Name, dtype and shape of each stored tensor."""
+        return (("q", torch.int8, self.shape), ("scale", torch.float32, self.shape[:-1]))
+
+
+def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values of the tensor's shape and float32 scales [...], one for each row of the last dimension."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    values = torch.empty(rows.shape, dtype=torch.int8, device=tensor.device)
+    scale = torch.empty(rows.shape[0], device=tensor.device)
+    for part in _parts(*rows.shape):
+        numbers = rows[part].float()
+        low, high = numbers.aminmax(dim=-1)
+        torch.maximum(-low, high, out=scale[part]).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+        values[part].copy_(numbers.mul(scale[part].reciprocal().unsqueeze(-1)).round_())
+    return values.view(tensor.shape), scale.view(tensor.shape[:-1])
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out].
+
+    Returns [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others.
+    """
+    values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    product = torch._int_mm(values, weight.t())
+    out = torch.empty(product.shape, dtype=x.dtype, device=x.device)
+    offset = torch.zeros_like(weight_scale) if bias is None else bias.float()
+    for part in _parts(*product.shape):
+        numbers = product[part].float().mul_(scale[part].unsqueeze(-1))
+        out[part].copy_(torch.addcmul(offset, numbers, weight_scale, out=numbers))
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _parts(rows: int, row: int) -> Iterator[slice]:
+    """Runs of rows that stay in the processor's cache as float32 while they are scaled and rounded."""
+    step = max(1, CHUNK // max(1, row))
+    for first in range(0, rows, step):
+        yield slice(first, first + step)
