@@ -60,7 +60,7 @@ def _score_instance(scenario: Scenario, answers: list[Answer], metrics: Mapping[
     else:
         answers = sorted(answers, key=lambda answer: -answer.logprob)
         prediction, judged = _judge_texts(scenario, answers, metrics)
-    statistics = {**_request_statistics(spec, answers), **judged}
+    statistics = {**_request_means(spec, answers), **judged}
     return InstanceScore(first.trial, first.instance, first.split, statistics, prediction, tuple(answers))
 
 
@@ -86,7 +86,8 @@ def _judge_texts(
         judged[name] = _best(metrics[base], gold, predictions[: int(best_of or 1)])
         if not best_of and spec.num_outputs > 1:
             judged.setdefault(f"{base}@{spec.num_outputs}", _best(metrics[base], gold, predictions))
-    judged |= {"logprob": first.logprob, "num_perplexity_tokens": first.tokens, "num_bytes": first.bytes}
+    told = _first_completion(answers)  # HELM's language-modelling statistics are not those of the likeliest one
+    judged |= {"logprob": told.logprob, "num_perplexity_tokens": told.tokens, "num_bytes": told.bytes}
     return predictions[0], judged
 
 
@@ -134,22 +135,31 @@ def _reference_score(spec: AdapterSpec, by_request: Mapping[tuple[int, str], Ans
     return original.logprob / original.tokens
 
 
-def _request_statistics(spec: AdapterSpec, answers: Sequence[Answer]) -> dict[str, float]:
-    """HELM describes the likeliest completion of an instance, or the mean over its scored references."""
-    described = answers if spec.scores_references else answers[:1]
+def request_statistics(spec: AdapterSpec, answers: Sequence[Answer]) -> list[dict[str, float]]:
+    """What HELM notes of each request: the first completion speaks for all of them, references for themselves."""
+    if spec.scores_references:
+        return [_described(spec, answer, answer.tokens, 0) for answer in answers]
+    written = sum(answer.tokens for answer in answers)
+    return [_described(spec, _first_completion(answers), written, written)]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
 
+def _first_completion(answers: Sequence[Answer]) -> Answer:
+    return min(answers, key=lambda answer: answer.completion_index)
+
+
+def _described(spec: AdapterSpec, answer: Answer, completion_tokens: int, output_tokens: int) -> dict[str, float]:
     return {
-        "num_references": len(answers[0].references),
+        "num_references": len(answer.references),
         "num_train_trials": spec.num_train_trials,
-        "num_prompt_tokens": mean([answer.prompt_tokens for answer in described]),
-        "num_output_tokens": mean([0.0 if spec.scores_references else answer.tokens for answer in described]),
-        **{
-            f"finish_reason_{reason}": mean([float(answer.finish == reason) for answer in described])
-            for reason in FINISH_REASONS
-        },
-        "num_train_instances": mean([answer.shots for answer in described]),
-        "prompt_truncated": mean([float(answer.truncated) for answer in described]),
+        "num_prompt_tokens": answer.prompt_tokens,
+        "num_completion_tokens": completion_tokens,
+        "num_output_tokens": output_tokens,
+        **{f"finish_reason_{reason}": int(answer.finish == reason) for reason in FINISH_REASONS},
+        "num_train_instances": answer.shots,
+        "prompt_truncated": int(answer.truncated),
     }
+
+
+def _request_means(spec: AdapterSpec, answers: Sequence[Answer]) -> dict[str, float]:
+    requests = request_statistics(spec, answers)
+    return {name: sum(request[name] for request in requests) / len(requests) for name in requests[0]}

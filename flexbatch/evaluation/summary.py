@@ -151,10 +151,10 @@ def _mean_over_trials(scores: Sequence[InstanceScore]) -> dict[str, float]:
 
 def derived_statistics(scores: Sequence[InstanceScore]) -> dict[str, float]:
     """Perplexity of what was generated, and calibration where answers are right or wrong; of one trial."""
-    return {**_perplexity(scores), **_calibration(scores)}
+    return {**perplexity_statistics(scores), **calibration_statistics(scores)}
 
 
-def _perplexity(scores: Sequence[InstanceScore]) -> dict[str, float]:
+def perplexity_statistics(scores: Sequence[InstanceScore]) -> dict[str, float]:
     """Over all completions together: e to the mean negative log-probability of a token, and bits for each byte."""
     written = [score.statistics for score in scores if math.isfinite(score.statistics.get("logprob", math.nan))]
     logprob = sum(statistics["logprob"] for statistics in written)
@@ -166,7 +166,7 @@ def _perplexity(scores: Sequence[InstanceScore]) -> dict[str, float]:
     return derived
 
 
-def _calibration(scores: Sequence[InstanceScore]) -> dict[str, float]:
+def calibration_statistics(scores: Sequence[InstanceScore]) -> dict[str, float]:
     """Empty where there is no `exact_match`, or where the model gave no probabilities at all."""
     judged = [score.statistics for score in scores if "exact_match" in score.statistics]
     if not judged or not any(answer.logprobs for score in scores for answer in score.answers):

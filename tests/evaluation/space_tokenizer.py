@@ -1,4 +1,4 @@
-"""The simplest tokenizer: a token is a piece of text between spaces. The same as in `golden/record_helm.py`."""
+"""The simplest tokenizer: a token is a word with the space before it. As many tokens as in `golden/record_helm.py`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ class SpaceTokenizer:
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, Any]:
         start = [0] if self.special and add_special_tokens else []
-        return {"input_ids": [[*start, *(self._id(piece) for piece in item.split(" "))] for item in text]}
+        return {"input_ids": [[*start, *map(self._id, _pieces(item))] for item in text]}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return " ".join(self.pieces[token] for token in token_ids if token or not skip_special_tokens)
+        return "".join(self.pieces[token] for token in token_ids if token or not skip_special_tokens)
 
     def _id(self, piece: str) -> int:
         if piece not in self._ids:
             self._ids[piece] = len(self.pieces)
             self.pieces.append(piece)
         return self._ids[piece]
+
+
+def _pieces(text: str) -> list[str]:
+    first, *others = text.split(" ")
+    return [first, *(f" {word}" for word in others)]

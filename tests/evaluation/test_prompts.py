@@ -104,7 +104,7 @@ def test_scored_tokens_are_those_of_the_reference() -> None:
     for prompt in evaluation.prompts(tokenizer, Limits()):
         reference = prompt.carried["references"][prompt.carried["reference_index"]]
         assert prompt.sampling.max_new_tokens == 0
-        assert tokenizer.decode(prompt.token_ids[-prompt.score_tokens :], skip_special_tokens=False) == reference
+        assert tokenizer.decode(prompt.token_ids[-prompt.score_tokens :], skip_special_tokens=False) == f" {reference}"
 
 
 def test_a_prompt_never_exceeds_the_jobs_limit_nor_the_models_positions() -> None:

@@ -1,9 +1,11 @@
 """Records what HELM itself computes. Run once, in an environment of its own, from the repository's root:
 
     python -m venv /tmp/helm && /tmp/helm/bin/pip install crfm-helm==0.5.16
-    /tmp/helm/bin/python tests/evaluation/golden/record_helm.py
+    python -m tests.evaluation.helm_run /tmp/run
+    /tmp/helm/bin/python tests/evaluation/golden/record_helm.py /tmp/run
 
-It writes `text_metrics.json`, `calibration.json` and `prompts.json` beside itself. Needs no network afterwards.
+It writes `text_metrics.json`, `calibration.json`, `prompts.json` and `statistics.json` beside itself. Needs no network
+once HELM is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from helm.benchmark.adaptation.adapters.generation_adapter import GenerationAdap
 from helm.benchmark.adaptation.adapters.multiple_choice_calibrated_adapter import MultipleChoiceCalibratedAdapter
 from helm.benchmark.adaptation.adapters.multiple_choice_joint_adapter import MultipleChoiceJointAdapter
 from helm.benchmark.adaptation.adapters.multiple_choice_separate_adapter import MultipleChoiceSeparateAdapter
+from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.metrics import evaluate_reference_metrics as helm_metrics
+from helm.benchmark.metrics.metric import create_metric
+from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.run_specs.classic_run_specs import (
     get_synthetic_reasoning_natural_spec,
     get_synthetic_reasoning_spec,
@@ -33,6 +38,8 @@ from helm.benchmark.run_specs.lite_run_specs import get_mmlu_spec
 from helm.benchmark.runner import downsample_eval_instances
 from helm.benchmark.scenarios.mmlu_scenario import MMLUScenario
 from helm.benchmark.scenarios.scenario import EVAL_SPLITS, Instance, create_scenario, with_instance_ids
+from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
+from helm.common.codec import from_json
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -171,7 +178,38 @@ def adapted(spec: AdapterSpec, instances: list[Instance], limit: int) -> dict[st
     }
 
 
+class SpaceWindow:
+    def tokenize(self, text: str) -> list[str]:
+        return text.strip().split(" ")
+
+    def get_num_tokens(self, text: str) -> int:
+        return len(text.split(" "))
+
+
+def statistics(folder: Path) -> dict[str, Any]:
+    """What HELM's metrics make of the scenario states that flexbatch wrote."""
+    WindowServiceFactory.get_window_service = staticmethod(lambda *_: SpaceWindow())
+    return {"runs": {run.name: _statistics(run) for run in sorted((folder / "helm/runs/flexbatch").iterdir())}}
+
+
+def _statistics(run: Path) -> list[list[Any]]:
+    spec = from_json((run / "run_spec.json").read_text(), RunSpec)
+    state = from_json((run / "scenario_state.json").read_text(), ScenarioState)
+    first: dict[str, Instance] = {}  # HELM tells instances apart by identity, which a file does not keep
+    states = [
+        replace(item, instance=first.setdefault(item.instance.id, item.instance)) for item in state.request_states
+    ]
+    state = ScenarioState(state.adapter_spec, states)
+    made = [create_metric(metric).evaluate(state, None, "", 1) for metric in spec.metric_specs]
+    stats = [stat for result in made for stat in result.aggregated_stats if stat.count]
+    return [
+        [s.name.name, s.name.split, s.name.perturbation.name if s.name.perturbation else "", s.count, s.mean]
+        for s in stats
+    ]
+
+
 if __name__ == "__main__":
     write("text_metrics.json", text_metrics())
     write("calibration.json", calibration_cases())
     write("prompts.json", prompts())
+    write("statistics.json", statistics(Path(sys.argv[1])))
