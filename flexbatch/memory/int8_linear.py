@@ -50,6 +50,7 @@ def int8_linear(
     """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out].
 
     Returns [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others.
+    `in` is at least 2: on one column torch 2.13's integer product is wrong.
     """
     values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     product = torch._int_mm(values, weight.t())

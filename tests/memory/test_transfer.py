@@ -72,7 +72,7 @@ def test_every_tensor_equals_its_source_in_every_pass(
         members[owner].append(StreamTensor(name, source, target))
         delivered[name] = tensors[name].to(target or tensors[name].dtype)
     units = [StreamUnit(f"unit{owner}", tuple(found)) for owner, found in members.items()]
-    settings_of_stream = {"threads": data.draw(st.integers(1, 3)), "chunk_bytes": data.draw(st.integers(1, 40_000))}
+    settings_of_stream = {"threads": data.draw(st.integers(1, 3)), "chunk_bytes": data.draw(st.integers(512, 40_000))}
     needed = WeightStream.required_bytes(units, CPU, **settings_of_stream)
     budget = needed + data.draw(st.integers(0, 400_000))
     reader = data.draw(st.sampled_from([DirectReader, BufferedReader]))()
