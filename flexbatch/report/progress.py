@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TextIO
@@ -19,57 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from flexbatch.records import PassResult
+from flexbatch.report.snapshot import Sample, Samples, Snapshot
 
-RATE_WINDOW_SECONDS = 180.0
-SAMPLE_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What the run had done at one moment, in seconds on the clock and totals since its start."""
-
-    seconds: float
-    rows: int
-    decode_tokens: int
-    prefill_tokens: int
-    wait_seconds: float
-    bytes_moved: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What is shown. Rates are means over the window; `seconds_left` is infinite while nobody can know it."""
-
-    rows_done: int
-    total_rows: int | None
-    rows_in_flight: int
-    decode_tokens_per_second: float
-    prefill_tokens_per_second: float
-    bytes_per_second: Mapping[str, float]
-    wait_share: float
-    elapsed: float
-    seconds_left: float
-
-
-def snapshot(samples: deque[Sample], total_rows: int | None, rows_in_flight: int, started: float) -> Snapshot:
-    """Rates between the oldest and the newest sample of the window."""
-    first, last = samples[0], samples[-1]
-    seconds = max(last.seconds - first.seconds, 1e-9)
-    row_rate = (last.rows - first.rows) / seconds
-    left = math.inf if total_rows is None else total_rows - last.rows
-    return Snapshot(
-        rows_done=last.rows,
-        total_rows=total_rows,
-        rows_in_flight=rows_in_flight,
-        decode_tokens_per_second=(last.decode_tokens - first.decode_tokens) / seconds,
-        prefill_tokens_per_second=(last.prefill_tokens - first.prefill_tokens) / seconds,
-        bytes_per_second={
-            link: (count - first.bytes_moved.get(link, 0)) / seconds for link, count in last.bytes_moved.items()
-        },
-        wait_share=min(1.0, (last.wait_seconds - first.wait_seconds) / seconds),
-        elapsed=last.seconds - started,
-        seconds_left=0.0 if left <= 0 else left / row_rate if row_rate > 0 else math.inf,
-    )
+LONG_PASS_SECONDS = 5.0
+SILENCE_SECONDS = 60.0
 
 
 def duration_text(seconds: float) -> str:
@@ -128,6 +81,8 @@ def line_text(now: Snapshot, clock: datetime) -> str:
         parts.append(traffic)
     if now.wait_share >= 0.005:
         parts.append(f"waiting {now.wait_share:.0%}")
+    if now.pass_seconds >= LONG_PASS_SECONDS:
+        parts.append(f"{duration_text(now.pass_seconds)} into this pass")
     if now.seconds_left == 0:
         parts.append(f"done in {duration_text(now.elapsed)}")
     else:
@@ -145,6 +100,8 @@ def panel(now: Snapshot, clock: datetime) -> Group:
         f"{rows_text(now)}, {now.rows_in_flight:,} in flight",
     )
     left = f"{duration_text(now.seconds_left)} left, done at {finish_text(now.seconds_left, clock)}"
+    if now.pass_seconds >= LONG_PASS_SECONDS:
+        left += f", {duration_text(now.pass_seconds)} into this pass"
     return Group(
         bar,
         Text(
@@ -156,86 +113,95 @@ def panel(now: Snapshot, clock: datetime) -> Group:
     )
 
 
-@dataclass
 class Progress:
     """Call `update` after every pass, with the rows of the whole job that are done (earlier attempts included).
 
-    The finish time comes from the rows finished in the last minutes of this attempt alone. Nothing here waits.
+    The finish time comes from the rows finished in the last minutes of this attempt alone. While a pass takes minutes
+    a line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it.
     """
 
-    total_rows: int | None
-    already_done: int = 0
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
-    every_seconds: float = 5.0
-    clock: Callable[[], float] = time.monotonic
-    _totals: Counter[str] = field(default_factory=Counter)
-    _bytes: Counter[str] = field(default_factory=Counter)
-    _in_flight: int = 0
-    _samples: deque[Sample] = field(default_factory=deque)
-    _started: float = 0.0
-    _printed: float = -math.inf
-    _last_line: str = ""
-    _live: Live | None = None
+    def __init__(
+        self,
+        total_rows: int | None,
+        already_done: int = 0,
+        stream: TextIO | None = None,
+        *,
+        every_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_rows = total_rows
+        self._stream = stream or sys.stderr
+        self._every = self._pause = every_seconds
+        self._clock = clock
+        self._decode_tokens = self._prefill_tokens = self._in_flight = 0
+        self._wait_seconds = 0.0
+        self._bytes: Counter[str] = Counter()
+        self._printed = clock()
+        self._samples = Samples(Sample(self._printed, already_done, 0, 0, 0.0, {}))
+        self._last_line = ""
+        self._live: Live | None = None
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
-        self._started = self._printed = self.clock()
-        self._samples.append(Sample(self._started, self.already_done, 0, 0, 0.0, {}))
-        if self.stream.isatty():
-            console = Console(file=self.stream)
+        if self._stream.isatty():
+            console = Console(file=self._stream)
             self._live = Live(console=console, refresh_per_second=4, get_renderable=self._renderable, transient=True)
             self._live.start()
+        else:
+            threading.Thread(target=self._speak_up, name="progress", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self._print()
+        with self._lock:
+            self._print()
 
     def update(self, result: PassResult, rows_done: int) -> None:
-        now = self.clock()
-        self._totals["decode"] += result.decode_tokens
-        self._totals["prefill"] += result.prefill_tokens
-        self._totals["wait_microseconds"] += round(1e6 * sum(result.waits.values()))
-        self._bytes.update(result.bytes_moved)
-        self._in_flight = result.rows_in_flight
-        totals = self._totals
-        waited = totals["wait_microseconds"] / 1e6
-        self._keep(Sample(now, rows_done, totals["decode"], totals["prefill"], waited, dict(self._bytes)))
-        self._forget(now)
-        if self._live is None and now - self._printed >= self.every_seconds:
-            self._print()
+        now = self._clock()
+        with self._lock:
+            self._decode_tokens += result.decode_tokens
+            self._prefill_tokens += result.prefill_tokens
+            self._wait_seconds += sum(result.waits.values())
+            self._bytes.update(result.bytes_moved)
+            self._in_flight = result.rows_in_flight
+            done = self._decode_tokens, self._prefill_tokens, self._wait_seconds
+            self._samples.add(Sample(now, rows_done, *done, dict(self._bytes)))
+            self._pause = self._every
+            if self._live is None and now - self._printed >= self._every:
+                self._print()
 
     def finish(self, rows_done: int) -> None:
         """The last word: rows that no pass has brought (errors, rows taken over from the journal) count too."""
-        if rows_done != self._samples[-1].rows:
-            self._samples.append(replace(self._samples[-1], seconds=self.clock(), rows=rows_done))
-        self._in_flight = 0
-        self.total_rows = rows_done if self.total_rows is None else self.total_rows
+        with self._lock:
+            self._samples.correct_rows(rows_done)
+            self._in_flight = 0
+            self._total_rows = rows_done if self._total_rows is None else self._total_rows
 
     @property
     def now(self) -> Snapshot:
-        return snapshot(self._samples, self.total_rows, self._in_flight, self._started)
+        return self._samples.snapshot(self._clock(), self._total_rows, self._in_flight)
 
-    def _keep(self, sample: Sample) -> None:
-        """Passes of a tiny model take milliseconds: the newest sample replaces the one before if that is as new."""
-        if len(self._samples) > 1 and sample.seconds - self._samples[-2].seconds < SAMPLE_SECONDS:
-            self._samples.pop()
-        self._samples.append(sample)
-
-    def _forget(self, now: float) -> None:
-        """Keep one sample from before the window, so that the rates are over the whole of it."""
-        while len(self._samples) > 2 and now - self._samples[1].seconds > RATE_WINDOW_SECONDS:
-            self._samples.popleft()
+    def _speak_up(self) -> None:
+        """In a thread of its own: a line when no pass has ended for a while, twice as long after each."""
+        while not self._ended.wait(0.5):
+            with self._lock:
+                if self._clock() - self._printed >= 2 * self._pause and not self._ended.is_set():
+                    self._print()
+                    self._pause = min(2 * self._pause, SILENCE_SECONDS / 2)
 
     def _print(self) -> None:
-        self._printed = self.clock()
+        self._printed = self._clock()
         line = line_text(self.now, datetime.now().astimezone())
         if line != self._last_line:
-            print(line, file=self.stream, flush=True)
+            print(line, file=self._stream, flush=True)
         self._last_line = line
 
     def _renderable(self) -> Group:
-        return panel(self.now, datetime.now().astimezone())
+        with self._lock:
+            return panel(self.now, datetime.now().astimezone())

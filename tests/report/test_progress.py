@@ -6,22 +6,20 @@ import io
 import math
 import os
 import pty
-from collections import deque
+import time
 from datetime import UTC, datetime
 
 import pytest
 
 from flexbatch.records import PassResult
 from flexbatch.report.progress import (
-    RATE_WINDOW_SECONDS,
     Progress,
-    Sample,
     duration_text,
     finish_text,
     line_text,
-    snapshot,
     traffic_text,
 )
+from flexbatch.report.snapshot import RATE_WINDOW_SECONDS, Sample, Samples
 
 
 class Clock:
@@ -47,9 +45,10 @@ def one_pass(decode_tokens: int = 8, rows_in_flight: int = 8) -> PassResult:
 
 
 def drive(progress: Progress, clock: Clock, passes: int, rows_per_pass: int = 1) -> None:
+    before = progress.now.rows_done
     for number in range(passes):
         clock.seconds += 1.0
-        progress.update(one_pass(), progress.already_done + rows_per_pass * (number + 1))
+        progress.update(one_pass(), before + rows_per_pass * (number + 1))
 
 
 def test_a_pipe_gets_one_line_every_few_seconds_and_always_a_last_one() -> None:
@@ -112,10 +111,24 @@ def test_a_million_short_passes_take_no_memory() -> None:
 
 
 def test_nobody_knows_the_finish_before_the_first_row() -> None:
-    samples = deque([Sample(0, 0, 0, 0, 0, {}), Sample(1, 0, 5, 5, 0, {})])
-    now = snapshot(samples, 10, 5, 0.0)
+    samples = Samples(Sample(0, 0, 0, 0, 0, {}))
+    samples.add(Sample(1, 0, 5, 5, 0, {}))
+    now = samples.snapshot(1.0, 10, 5)
     assert math.isinf(now.seconds_left)
     assert "? left, done at ?" in line_text(now, datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_a_pass_of_minutes_is_not_silence() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, stream=stream, clock=clock, every_seconds=5) as progress:
+        drive(progress, clock, 1)
+        clock.seconds += 90
+        line = line_text(progress.now, datetime(2026, 1, 1, tzinfo=UTC))
+        assert "1 min 30 s into this pass" in line
+        deadline = time.monotonic() + 20
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "into this pass" in stream.getvalue()
 
 
 def test_a_job_without_rows_is_done() -> None:
