@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import ModelSpec
-from flexbatch.plan.placement import place_bytes
+from flexbatch.plan.placement import place_bytes, place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, joining_limit, span
 
@@ -58,11 +58,15 @@ def _held_weights(sizes: tuple[tuple[int, ...], ...], shares: Shares) -> tuple[i
 
 
 def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
-    """(slot, layer) units of the KV cache on each tier: what `placement.place_slots` adds up to, in closed form."""
-    units = len(spec.layers) * policy.slots
-    device = min(units, int(units * policy.kv.device + 0.5 + 1e-9))
-    faster = min(units, int(units * min(1.0, policy.kv.device + policy.kv.host) + 0.5 + 1e-9))
-    return {Tier.DEVICE: device, Tier.HOST: max(0, faster - device), Tier.DISK: units - max(device, faster)}
+    """(slot, layer) units of the KV cache on each tier, exactly as placement cuts them."""
+    return dict(_placed_units(len(spec.layers), policy.slots, policy.kv))
+
+
+@lru_cache(maxsize=4096)
+def _placed_units(layers: int, slots: int, shares: Shares) -> tuple[tuple[Tier, int], ...]:
+    counts = place_slots(layers, slots, shares)
+    device, host = sum(count[0] for count in counts), sum(count[1] for count in counts)
+    return (Tier.DEVICE, device), (Tier.HOST, host), (Tier.DISK, layers * slots - device - host)
 
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
@@ -88,6 +92,11 @@ def peak_bytes(items: Iterable[Need]) -> dict[Tier, int]:
     for item in items:
         totals[item.tier] += item.nbytes
     return totals
+
+
+def kv_bytes(items: Iterable[Need]) -> int:
+    """Bytes of the KV cache on all tiers."""
+    return sum(item.nbytes for item in items if item.what == "KV cache")
 
 
 def _as_run(workload: Workload, policy: Policy) -> Workload:

@@ -11,9 +11,9 @@ from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.plan.cost_model import Prediction, by_resource, pass_seconds, pass_terms, predict
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
-from flexbatch.plan.memory_need import needs, peak_bytes, streamable_bytes
+from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes
 from flexbatch.plan.model_spec import ModelSpec
-from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.policy import ALL_DEVICE, Policy, Shares, Tier
 from flexbatch.plan.shares_program import Problem, best_shares
 from flexbatch.plan.workload import PassLoad, Workload, schedule
 
@@ -107,10 +107,17 @@ def _automatic(
         around = _around(ranked[0][1].slots, ladder)
         fine = [policy for policy in _enumerated(workload, offload, base, around) if policy not in coarse]
         ranked = sorted(ranked + _ranked(spec, hardware, workload, limits, fine, ranked[0][0]), key=_seconds)
+    found = 0
     for _, policy in ranked[:FINALISTS]:
         rounded = _fitted(spec, hardware, workload, policy, limits)
         if rounded is not None:
-            yield predict(spec, hardware, workload, rounded)
+            found += 1
+            yield predict(spec, hardware, workload, _filled(spec, hardware, workload, rounded, limits))
+    if not found:
+        # So little room that the linear program's margins do not fit: nothing resident, as many slots as there may be.
+        for policy in coarse:
+            for kv in (ALL_DEVICE, NOTHING_RESIDENT):
+                yield predict(spec, hardware, workload, replace(policy, weights=NOTHING_RESIDENT, kv=kv))
 
 
 def _seconds(ranked: tuple[float, Policy]) -> float:
@@ -226,8 +233,7 @@ def _may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, pol
 def _fitted(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits
 ) -> Policy | None:
-    """The policy rounded to what can be placed: shares move to the next tier until the exact byte counts fit, then as
-    much as there is room for moves back."""
+    """The policy rounded to what can be placed: weights leave a tier that is too full until the exact bytes fit."""
     total = streamable_bytes(spec, policy)
     for _ in range(12):
         peak = peak_bytes(needs(spec, hardware, workload, policy))
@@ -240,6 +246,25 @@ def _fitted(
             return None
         policy = replace(policy, weights=moved)
     return None
+
+
+def _filled(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> Policy:
+    """What room is left on the device, used: first for KV that is on disk, then for weights."""
+    for kind in ("kv", "weights"):
+        shares: Shares = getattr(policy, kind)
+        if shares.disk <= 0:
+            continue
+        items = needs(spec, hardware, workload, policy)
+        total = streamable_bytes(spec, policy) if kind == "weights" else kv_bytes(items)
+        room = (limits.device - peak_bytes(items)[Tier.DEVICE]) / max(1, total)
+        for part in (1.0, 0.7, 0.4):
+            more = min(shares.disk, room * part)
+            grown = Shares(1.0, 0.0) if shares.device + more > 1 - 1e-9 else Shares(shares.device + more, shares.host)
+            tried = replace(policy, weights=grown) if kind == "weights" else replace(policy, kv=grown)
+            if more > 1e-3 and limits.exceeded(peak_bytes(needs(spec, hardware, workload, tried))) is None:
+                policy = tried
+                break
+    return policy
 
 
 def _moved_weights(shares: Shares, tier: Tier, excess: float) -> Shares | None:

@@ -40,10 +40,13 @@ def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, 
     unit, and neighbouring layers differ by at most one slot.
     """
     counts = []
+    on_host = 0
     for layer in range(num_layers):
         device = _between(layer, slots, shares.device)
-        faster = _between(layer, slots, min(1.0, shares.device + shares.host))
-        counts.append((device, max(0, faster - device)))
+        wanted = _rounded((layer + 1) * slots * shares.host) - on_host
+        host = min(max(0, wanted), slots - device)
+        on_host += host
+        counts.append((device, host))
     return counts
 
 

@@ -1,0 +1,169 @@
+"""The chosen policy keeps every limit, is as fast as any, and says why when there is none."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.config import OffloadConfig
+from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.plan.advice import advise
+from flexbatch.plan.cost_model import predict
+from flexbatch.plan.limits import limits_of
+from flexbatch.plan.memory_need import kv_units, needs, peak_bytes
+from flexbatch.plan.optimizer import choose_policy, frontier
+from flexbatch.plan.placement import place_slots
+from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.workload import Workload
+from tests.plan.examples import GIB, machine, model
+
+EIGHTHS = [Shares(device / 8, 0.0) for device in range(9)]
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    memory=st.floats(1.6, 20.0),
+    rows=st.integers(1, 3000),
+    prompt=st.integers(1, 1500),
+    new=st.integers(1, 64),
+    shared=st.floats(0.0, 0.9),
+    weight_bits=st.sampled_from([16, 8, 4]),
+    kv_bits=st.sampled_from([16, 8, 4]),
+)
+def test_no_plan_exceeds_a_limit(
+    memory: float, rows: int, prompt: int, new: int, shared: float, weight_bits: int, kv_bits: int
+) -> None:
+    spec, hardware = model("opt-1.3b"), machine("cpu-2core")
+    work = Workload.uniform(rows, prompt, new, shared_tokens=shared * prompt, rows_per_group=min(rows, 50))
+    offload = OffloadConfig(device_memory=f"{memory:.3f}GiB", weight_bits=weight_bits, kv_bits=kv_bits)
+    policy, made = choose_policy(spec, hardware, work, offload)
+    exact = peak_bytes(needs(spec, hardware, work, policy))
+    assert exact == made.peak
+    assert limits_of(hardware, offload).exceeded(exact) is None
+    assert policy.slots <= rows
+    assert (policy.weight_bits, policy.kv_bits) == (weight_bits, kv_bits)
+
+
+@settings(max_examples=3, deadline=None)
+@given(device=st.integers(6, 15), host=st.integers(20, 200))
+def test_no_plan_exceeds_a_limit_of_an_accelerator_machine(device: int, host: int) -> None:
+    spec, hardware = model("opt-30b", "float16"), machine("t4-gcp")
+    offload = OffloadConfig(device_memory=f"{device}GiB", host_memory=f"{host}GB")
+    policy, made = choose_policy(spec, hardware, Workload.uniform(2000), offload)
+    assert limits_of(hardware, offload).exceeded(made.peak) is None
+    for shares in (policy.weights, policy.kv, policy.hidden):
+        assert 0 <= shares.device <= 1
+        assert 0 <= shares.host <= 1
+        assert shares.device + shares.host <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["opt-1.3b", pytest.param("opt-6.7b", marks=pytest.mark.slow)])
+def test_more_memory_never_predicts_a_slower_run(name: str) -> None:
+    spec, hardware, work = model(name), machine("cpu-2core"), Workload.uniform(100)
+    seconds = [
+        choose_policy(spec, hardware, work, OffloadConfig(device_memory=f"{memory}GiB"))[1].seconds
+        for memory in (3, 4, 5, 6, 10, 22)
+    ]
+    # Shares are held to one tensor, hence the tolerance of a hundredth.
+    assert all(later <= earlier * 1.01 for earlier, later in itertools.pairwise(seconds))
+
+
+@pytest.mark.parametrize("memory", ["1.5GiB", "2GiB", "3GiB", "6GiB"])
+def test_the_optimiser_agrees_with_brute_force(memory: str) -> None:
+    """Every policy on a grid of shares, slots and prefill that fits is no faster than the chosen one (2 %)."""
+    spec, hardware, work = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(24, 256, 16)
+    offload = OffloadConfig(device_memory=memory)
+    _, made = choose_policy(spec, hardware, work, offload)
+    limits, best = limits_of(hardware, offload), float("inf")
+    for weights, kv, slots, joining in itertools.product(EIGHTHS, EIGHTHS, (1, 2, 4, 8, 16, 24), (1, 2, 8)):
+        policy = Policy(weights=weights, kv=kv, slots=slots, prefill_tokens=joining * 256)
+        if limits.exceeded(peak_bytes(needs(spec, hardware, work, policy))) is None:
+            best = min(best, predict(spec, hardware, work, policy).seconds)
+    assert made.seconds <= best * 1.02
+
+
+def test_even_a_big_model_is_planned_in_seconds() -> None:
+    spec = model("opt-175b", "float16")
+    started = time.process_time()
+    choose_policy(spec, machine("t4-gcp"), Workload.uniform(10_000), OffloadConfig())
+    assert time.process_time() - started < 10.0  # two on a quiet machine; a wide margin, so that it means a blow-up
+
+
+def test_a_dataset_shorter_than_the_slots_shrinks_them() -> None:
+    policy, _ = choose_policy(model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(3), OffloadConfig(slots=64))
+    assert policy.slots == 3
+
+
+@pytest.mark.parametrize("key", ["device_memory", "host_memory"])
+def test_a_limit_above_what_the_machine_has_is_refused(key: str) -> None:
+    with pytest.raises(CapacityError, match=f"offload.{key} is 900GiB"):
+        choose_policy(
+            model("opt-1.3b", "float16"), machine("t4-gcp"), Workload.uniform(9), OffloadConfig(**{key: "900GiB"})
+        )
+
+
+def test_what_cannot_fit_names_the_limit_and_the_change_that_makes_it_fit() -> None:
+    spec, hardware, work = model("opt-6.7b"), machine("cpu-2core"), Workload.uniform(9)
+    with pytest.raises(CapacityError, match="weight stream") as raised:
+        choose_policy(spec, hardware, work, OffloadConfig(device_memory="1GiB"))
+    assert "the limit is 1GiB" in raised.value.message
+    enough = raised.value.remedy.split(" to ")[1].rstrip(".")
+    choose_policy(spec, hardware, work, OffloadConfig(device_memory=enough))
+
+
+def test_fixed_slots_that_do_not_fit_say_so() -> None:
+    with pytest.raises(CapacityError, match="with 4000 slots") as raised:
+        choose_policy(model("opt-6.7b"), machine("cpu-2core"), Workload.uniform(9000), OffloadConfig(slots=4000))
+    assert "offload.slots" in raised.value.remedy
+
+
+def test_manual_shares_are_kept_and_checked() -> None:
+    spec, hardware, work = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(20)
+    manual = OffloadConfig(policy="manual", percent=[25, 0, 100, 0, 100, 0])
+    policy, _ = choose_policy(spec, hardware, work, manual)
+    assert (policy.weights, policy.kv) == (Shares(0.25, 0.0), Shares(1.0, 0.0))
+    with pytest.raises(CapacityError, match=r"offload\.percent"):
+        choose_policy(spec, hardware, work, replace(manual, percent=[100, 0, 100, 0, 100, 0], device_memory="1.5GiB"))
+
+
+def test_a_number_format_that_the_machine_does_not_list_is_named() -> None:
+    with pytest.raises(ConfigError, match="no gemm rates for bfloat16"):
+        choose_policy(model("opt-1.3b"), machine("t4-gcp"), Workload.uniform(9), OffloadConfig())
+
+
+@settings(deadline=None)
+@given(slots=st.integers(1, 40), device=st.floats(0, 1), rest=st.floats(0, 1))
+def test_every_unit_of_the_cache_is_placed_once_and_as_shared_out(slots: int, device: float, rest: float) -> None:
+    spec = model("opt-1.3b")
+    shares = Shares(device, (1 - device) * rest)
+    counts = place_slots(len(spec.layers), slots, shares)
+    units = kv_units(spec, Policy(kv=shares, slots=slots))
+    total = len(spec.layers) * slots
+    assert sum(units.values()) == total
+    assert all(device >= 0 and host >= 0 and device + host <= slots for device, host in counts)
+    assert units[Tier.DEVICE] == pytest.approx(total * shares.device, abs=0.51)
+    assert units[Tier.HOST] == pytest.approx(total * shares.host, abs=1.01)
+
+
+def test_advice_names_what_binds() -> None:
+    spec, work = model("opt-1.3b"), Workload.uniform(64)
+    hardware = machine("cpu-2core", disk_read=2e8)
+    offload = OffloadConfig(device_memory="2GiB")
+    _, made = choose_policy(spec, hardware, work, offload)
+    advice = {each.change: each.speedup for each in advise(spec, hardware, work, offload, made)}
+    assert advice["offload.weight_bits=4"] > 1.3
+    assert advice["a disk twice as fast"] > 1.3
+    assert list(advice.values()) == sorted(advice.values(), reverse=True)
+
+
+def test_along_the_frontier_rows_take_longer() -> None:
+    made = frontier(
+        model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(256), OffloadConfig(device_memory=f"{4 * GIB}")
+    )
+    assert [each.policy.slots for each in made[:4]] == [1, 2, 4, 8]
+    assert all(later.row_seconds > earlier.row_seconds for earlier, later in itertools.pairwise(made))
