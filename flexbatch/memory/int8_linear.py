@@ -38,8 +38,8 @@ def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(rows.shape[0], device=tensor.device)
     for part in _parts(*rows.shape):
         numbers = rows[part].float()
-        low, high = numbers.aminmax(dim=-1)
-        torch.maximum(-low, high, out=scale[part]).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+        # Not `aminmax`, which torch does not vectorise along a row: twenty times slower.
+        torch.maximum(-numbers.amin(dim=-1), numbers.amax(dim=-1), out=scale[part]).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
         values[part].copy_(numbers.mul(scale[part].reciprocal().unsqueeze(-1)).round_())
     return values.view(tensor.shape), scale.view(tensor.shape[:-1])
 
