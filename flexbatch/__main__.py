@@ -25,6 +25,7 @@ Run language models bigger than the machine over whole datasets.
     flexbatch plan [key=value ...]      where everything would live and how long it would take; loads no weights
     flexbatch status DIR                how far a running or stopped job is
     flexbatch report DIR                the run as one HTML file
+    flexbatch bench [key=value ...]     flexbatch beside other engines on the same work; the last line is JSON
     flexbatch import SOURCE TARGET      bring published weights into safetensors; import --help says how
 
     --cfg job            print the composed configuration and stop
@@ -76,6 +77,15 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments)
+
+    from flexbatch.bench import command
+
+    command.bench(config)
+    return 0
+
+
 def import_weights(arguments: Sequence[str]) -> int:
     from flexbatch.checkpoint.command import import_command
 
@@ -87,6 +97,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "status": status,
     "report": report,
+    "bench": bench,
     "import": import_weights,
 }
 

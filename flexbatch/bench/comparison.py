@@ -1,0 +1,99 @@
+"""What the runs of all engines come to: medians, ratios, shares of the roofline, as one record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from flexbatch.bench.roofline import MachineLimits, arithmetic_seconds, job_seconds, work_of
+from flexbatch.bench.trial import Outcome, Prompts
+
+OWN = "flexbatch"
+
+
+@dataclass(frozen=True)
+class EngineRuns:
+    """One engine's measured runs, one for each repeat, and the batch sizes that were tried before."""
+
+    engine: str
+    runs: tuple[Outcome, ...]
+    tried: tuple[Outcome, ...] = ()
+
+    @property
+    def error(self) -> str:
+        return next((run.error for run in self.runs if run.error), "")
+
+    @property
+    def rate(self) -> float:
+        return median(run.rate for run in self.runs) if self.runs and not self.error else 0.0
+
+    @property
+    def peak(self) -> int:
+        return max((run.peak or run.peak_resident for run in self.runs), default=0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything about one workload; `limits` are this run's own measurements."""
+
+    prompts: Prompts
+    new_tokens: int
+    limits: MachineLimits
+    engines: tuple[EngineRuns, ...]
+    int8: bool = False
+
+    def ratio(self, peer: EngineRuns) -> float | None:
+        """How many times faster flexbatch is: the median over the repeats, each compared with its own neighbour."""
+        own = next((engine for engine in self.engines if engine.engine == OWN), None)
+        if own is None or own.error or peer.error or not own.runs or not peer.runs:
+            return None
+        return median(mine.rate / theirs.rate for mine, theirs in zip(own.runs, peer.runs, strict=False))
+
+    def shares(self, run: Outcome) -> tuple[float, float]:
+        """The run's share of its job's roofline, and of the arithmetic alone."""
+        own = run.engine == OWN
+        sharing = own and run.details.get("policy", {}).get("prefix_sharing", False)
+        shared = self.prompts.shared_tokens if sharing else 0
+        work = work_of(self.limits, self.prompts.lengths[: run.rows], self.new_tokens, shared)
+        arithmetic = arithmetic_seconds(self.limits, work, min(run.batch, run.rows), int8=self.int8 and own)
+        return job_seconds(self.limits, arithmetic, run.read_bytes) / run.seconds, arithmetic / run.seconds
+
+    def record(self) -> list[dict[str, Any]]:
+        """One entry for each engine, for the JSON line."""
+        return [self._entry(engine) for engine in self.engines]
+
+    def _entry(self, engine: EngineRuns) -> dict[str, Any]:
+        if engine.error or not engine.runs:
+            return {"engine": engine.engine, "error": engine.error or "not run", "tried": _tried(engine.tried)}
+        shares = [self.shares(run) for run in engine.runs]
+        return {
+            "engine": engine.engine,
+            "batch": engine.runs[0].batch,
+            "rows": engine.runs[0].rows,
+            "tokens_per_second": engine.rate,
+            "flexbatch_is_times_faster": None if engine.engine == OWN else self.ratio(engine),
+            "share_of_roofline": median(share for share, _ in shares),
+            "share_of_arithmetic": median(share for _, share in shares),
+            "peak_bytes": engine.peak,
+            "peak_anonymous_bytes": max(run.peak_anonymous for run in engine.runs),
+            "digest": engine.runs[0].digest,
+            "runs": [dataclasses.asdict(run) for run in engine.runs],
+            "tried": _tried(engine.tried),
+        }
+
+
+def _tried(outcomes: Sequence[Outcome]) -> list[Mapping[str, Any]]:
+    return [
+        {
+            "batch": outcome.batch,
+            "tokens_per_second": outcome.rate,
+            "prefill_seconds": outcome.prefill_seconds,
+            "seconds": outcome.seconds,
+            "peak_bytes": outcome.peak,
+            "error": outcome.error,
+        }
+        for outcome in outcomes
+    ]

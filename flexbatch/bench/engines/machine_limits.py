@@ -1,0 +1,112 @@
+"""Measures what the machine can do at most for this model: matrix products at its shapes, disk, memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import AutoConfig
+
+from flexbatch.bench.trial import Outcome, Trial
+from flexbatch.checkpoint.architecture import expected_tensors
+from flexbatch.config import OffloadConfig
+from flexbatch.engine.calibration import measure_hardware, seconds_of
+from flexbatch.engine.model_shapes import spec_from_config
+from flexbatch.errors import EngineError
+from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
+
+ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)
+CHUNK = 8 << 20
+THREADS = 4
+READ_LIMIT = 2 << 30
+COPY_BYTES = 256 << 20
+CPU = torch.device("cpu")
+
+
+def run(trial: Trial) -> Outcome:
+    """`details` are the fields of `roofline.MachineLimits`. The plan's own figures are measured too, if need be."""
+    measure_hardware(CPU, Path(trial.scratch), Path(trial.cache_dir))
+    config = AutoConfig.from_pretrained(trial.model)
+    expected = expected_tensors(config)
+    shapes = [shape for name, shape in expected.shapes.items() if expected.layer_of.get(name) == 0 and len(shape) == 2]
+    spec = spec_from_config(config, stored_dtype=trial.dtype, compute_dtype=trial.dtype)
+    int8 = OffloadConfig(**trial.options).compute == "int8"
+    details = {
+        "gemm": {rows: gemm_rate(shapes, rows, getattr(torch, trial.dtype)) for rows in ROWS},
+        "int8": {rows: int8_rate(shapes, rows) for rows in ROWS} if int8 else {},
+        "disk_read": disk_rate(sorted(Path(trial.model).glob("*.safetensors"))),
+        "memory_copy": copy_rate(),
+        "linear_flops": float(spec.linear_flops_per_token),
+        "head_flops": 2.0 * spec.head_parameters,
+        "attention_flops": spec.attention_flops(1, 1),
+    }
+    return Outcome(trial.engine, details=details)
+
+
+@torch.inference_mode()
+def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
+    """FLOP/s of one layer's matrices in turn: together they are larger than a cache, as streamed weights are."""
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    inputs = {width: torch.randn(rows, width, dtype=dtype) for _, width in shapes}
+
+    def work() -> None:
+        for weight in weights:
+            functional.linear(inputs[weight.shape[1]], weight)
+
+    return 2.0 * rows * sum(weight.numel() for weight in weights) / seconds_of(work, CPU, rounds=3)
+
+
+@torch.inference_mode()
+def int8_rate(shapes: Sequence[tuple[int, int]], rows: int) -> float:
+    """The same for integer products (without the scaling of activations around them)."""
+    weights = [torch.randint(-9, 9, shape, dtype=torch.int8) for shape in shapes]
+    inputs = {width: torch.randint(-9, 9, (rows, width), dtype=torch.int8) for _, width in shapes}
+
+    def work() -> None:
+        for weight in weights:
+            torch._int_mm(inputs[weight.shape[1]], weight.t())
+
+    return 2.0 * rows * sum(weight.numel() for weight in weights) / seconds_of(work, CPU, rounds=3)
+
+
+def disk_rate(files: Sequence[Path]) -> float:
+    """Bytes per second of direct reads of the checkpoint itself, several threads, each with one reused buffer."""
+    spans = [(file, at) for file in files for at in range(0, file.stat().st_size - CHUNK + 1, CHUNK)]
+    spans = spans[: READ_LIMIT // CHUNK] or [(file, 0) for file in files]
+    reader, errors = DirectReader(), list[EngineError]()
+    waiting = iter(spans)
+    lock = threading.Lock()
+
+    def read() -> None:
+        buffer = AlignedBuffer(CHUNK + 2 * PAGE)
+        try:
+            while True:
+                with lock:
+                    span = next(waiting, None)
+                if span is None:
+                    return
+                reader.read(span[0], span[1], min(CHUNK, span[0].stat().st_size), buffer, 0)
+        except EngineError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(THREADS)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    reader.close()
+    if errors:
+        raise errors[0]
+    return sum(min(CHUNK, file.stat().st_size) for file, _ in spans) / seconds
+
+
+def copy_rate() -> float:
+    """Bytes per second that arrive, copied from main memory to main memory."""
+    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.empty(COPY_BYTES, dtype=torch.uint8)
+    return COPY_BYTES / seconds_of(lambda: target.copy_(source), CPU)
