@@ -165,13 +165,13 @@ class Engine:
         """Takes the prompts that are prefilled in this pass out of the waiting line: micro-batches with slots, and
         the prefixes that must be computed before them."""
         free = [slot for slot, row in enumerate(self._slots) if row is None]
-        own = [len(row.all_tokens) - len(self._shared(row)) for row in self._waiting]
+        own = [len(row.fed_tokens) - len(self._shared(row)) for row in self._waiting]
         rows = [self._waiting.popleft() for _ in range(joining_count(own, len(free), self._prefill_tokens))]
         new_prefixes: list[Prefix] = []
         batches = []
         for (kind, shared), members in _alike(rows, self._shared):
             prefix = self._prefix(shared, new_prefixes) if shared else None
-            lengths = [max(len(row.all_tokens) - len(shared), self._padded_width) for row in members]
+            lengths = [max(len(row.fed_tokens) - len(shared), self._padded_width) for row in members]
             for group in pack(lengths, MICRO_BATCH_TOKENS):
                 chosen = [members[index] for index in group]
                 slots = [free.pop(0) for _ in chosen] if kind is _keeps_growing else []
@@ -212,11 +212,11 @@ class Engine:
         return partial(self._caller.decode, rows)
 
     def _prefill(self, batch: _Joining) -> torch.Tensor:
-        keep = 1 + max(row.request.score_tokens for row in batch.rows)
+        keep = max(1, *(row.request.score_tokens for row in batch.rows))
         if batch.prefix is None:
-            prompts = [row.all_tokens for row in batch.rows]
+            prompts = [row.fed_tokens for row in batch.rows]
             return self._caller.prefill(prompts, batch.slots, keep, self._padded_width)
-        own = [row.all_tokens[len(batch.prefix) :] for row in batch.rows]
+        own = [row.fed_tokens[len(batch.prefix) :] for row in batch.rows]
         return self._caller.prefill_after(batch.prefix, own, batch.slots, keep)
 
     def _settle_decoded(self, logits: torch.Tensor, this: _Pass) -> None:
@@ -306,10 +306,10 @@ def _keeps_growing(row: GrowingRow) -> bool:
 
 
 def _score(request: Request, logits: torch.Tensor) -> Completion:
-    """The last `score_tokens` prompt tokens, scored. `logits` float32 `[kept, vocabulary]`; the last is unused."""
+    """The last `score_tokens` prompt tokens, scored. `logits` float32 `[kept, vocabulary]`."""
     count = request.score_tokens
     targets = torch.tensor(request.prompt_ids[-count:], device=logits.device)
-    before = logits[-count - 1 : -1]
+    before = logits[-count:]
     greedy = bool((before.argmax(-1) == targets).all())
     logprobs = tuple(log_probabilities(before, targets).tolist())
     return Completion(request.index, request.prompt_ids[-count:], "", "stop", logprobs, greedy)

@@ -43,6 +43,12 @@ class GrowingRow:
         return self.request.prompt_ids + tuple(self.tokens)
 
     @property
+    def fed_tokens(self) -> tuple[int, ...]:
+        """What the prefill feeds to the model: everything, but for the last of tokens that are scored, which is only
+        predicted. A prompt of one token more than the model has positions can so be scored."""
+        return self.all_tokens[:-1] if self.request.score_tokens else self.all_tokens
+
+    @property
     def shared_tokens(self) -> tuple[int, ...]:
         """The prefix that the request shares with others; empty if it shares none."""
         return self.request.prompt_ids[: self.request.shared_tokens]
