@@ -18,6 +18,7 @@ from flexbatch.evaluation.fields import PREFIX, VALID, Target, read_target
 from flexbatch.evaluation.grammar import check_grammar
 from flexbatch.evaluation.metrics import TextMetric, f1_score, load_metric, quasi_exact_match
 from flexbatch.evaluation.summary import Estimate, ScenarioScores, Scores, estimate_mean
+from flexbatch.records import Completion
 
 ROUGE = ("rouge_1", "rouge_2", "rouge_l")
 
@@ -31,7 +32,7 @@ class RowScorer(Protocol):
     @property
     def columns(self) -> dict[str, str]: ...
 
-    def values(self, completion: str) -> dict[str, Any]: ...
+    def values(self, completion: Completion) -> dict[str, Any]: ...
 
     def score(self, rows: Iterable[Mapping[str, Any]]) -> Scores: ...
 
@@ -65,8 +66,8 @@ class Extraction:
     def columns(self) -> dict[str, str]:
         return self.target.columns()
 
-    def values(self, completion: str) -> dict[str, Any]:
-        return self.target.values(completion)
+    def values(self, completion: Completion) -> dict[str, Any]:
+        return self.target.values(completion.text)
 
     def score(self, rows: Iterable[Mapping[str, Any]]) -> Scores:
         """`invalid_rate`; with gold fields `exact_match` and `f1` of each and over all.
@@ -134,7 +135,7 @@ class Summaries:
     def columns(self) -> dict[str, str]:
         return {}
 
-    def values(self, completion: str) -> dict[str, Any]:  # noqa: ARG002 - a summary adds no columns
+    def values(self, completion: Completion) -> dict[str, Any]:  # noqa: ARG002 - a summary adds no columns
         return {}
 
     def score(self, rows: Iterable[Mapping[str, Any]]) -> Scores:

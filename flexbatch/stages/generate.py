@@ -24,7 +24,7 @@ def generate(engine: Engine, work: Work, ledger: Ledger, writer: PartWriter, on_
     assembler, scorer = PartAssembler(work.part_rows), work.scorer
 
     def write(part: Part) -> None:
-        writer.write(part, [scorer.values(done.text) for _, done in part.rows] if scorer else ())
+        writer.write(part, [scorer.values(done) for _, done in part.rows] if scorer else ())
         ledger.part_written(part)
 
     def complete(completions: Iterable[Completion]) -> None:

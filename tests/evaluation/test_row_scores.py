@@ -13,6 +13,7 @@ from flexbatch.errors import ConfigError
 from flexbatch.evaluation.fields import read_target
 from flexbatch.evaluation.row_scores import RowScorer, build_row_scorer
 from flexbatch.evaluation.summary import Scores
+from flexbatch.records import Completion
 
 RECEIPT: dict[str, Any] = {
     "type": "object",
@@ -35,12 +36,16 @@ def scorer(**options: Any) -> RowScorer:
     return made
 
 
+def values(ready: RowScorer, text: str) -> dict[str, Any]:
+    return ready.values(Completion(0, (), text, "stop"))
+
+
 def scored(ready: RowScorer, completions: list[str], **columns: list[Any]) -> Scores:
     rows = [
         {
             "completion": text,
             "error": "",
-            **ready.values(text),
+            **values(ready, text),
             **{name: values[place] for name, values in columns.items()},
         }
         for place, text in enumerate(completions)
@@ -63,8 +68,8 @@ def test_fields_become_typed_columns() -> None:
         "extracted_address": "string",
         "extracted_valid": "bool",
     }
-    values = ready.values(' {"company": "Kiosk", "total": 3, "items": ["tea"], "count": null, "address": {"no": 1}}\n')
-    assert values == {
+    found = values(ready, ' {"company": "Kiosk", "total": 3, "items": ["tea"], "count": null, "address": {"no": 1}}\n')
+    assert found == {
         "extracted_company": "Kiosk",
         "extracted_total": 3.0,
         "extracted_items": ["tea"],
@@ -74,23 +79,23 @@ def test_fields_become_typed_columns() -> None:
         "extracted_valid": True,
     }
     for name, kind in ready.columns.items():
-        assert values[name] is None or ColumnType.parse(kind).accepts(values[name])
+        assert found[name] is None or ColumnType.parse(kind).accepts(found[name])
 
 
 @pytest.mark.parametrize(
     "completion", ["", "{", '{"company": "Kiosk"}', '{"company": "K", "total": "3"}', '{"company": "K", "total": 3} x']
 )
 def test_a_completion_that_does_not_validate_gives_nulls(completion: str) -> None:
-    values = scorer(schema=RECEIPT).values(completion)
-    assert values["extracted_valid"] is False
-    assert {value for name, value in values.items() if name != "extracted_valid"} == {None}
+    found = values(scorer(schema=RECEIPT), completion)
+    assert found["extracted_valid"] is False
+    assert {value for name, value in found.items() if name != "extracted_valid"} == {None}
 
 
 def test_a_list_of_names_is_an_object_of_strings() -> None:
     ready = scorer(schema=["name", "city"])
-    assert ready.values('{"name": "Ada", "city": "Ghent"}')["extracted_city"] == "Ghent"
-    assert ready.values('{"name": "Ada"}')["extracted_valid"] is False
-    assert ready.values('{"name": "Ada", "city": "Ghent", "x": "y"}')["extracted_valid"] is False
+    assert values(ready, '{"name": "Ada", "city": "Ghent"}')["extracted_city"] == "Ghent"
+    assert values(ready, '{"name": "Ada"}')["extracted_valid"] is False
+    assert values(ready, '{"name": "Ada", "city": "Ghent", "x": "y"}')["extracted_valid"] is False
 
 
 def test_a_schema_may_be_a_file(tmp_path: Path) -> None:
@@ -100,11 +105,11 @@ def test_a_schema_may_be_a_file(tmp_path: Path) -> None:
 
 
 def test_choices_and_expressions_have_one_field_named_value() -> None:
-    assert scorer(choices=["yes", "no"]).values(" yes") == {"extracted_value": "yes", "extracted_valid": True}
-    assert scorer(choices=["yes", "no"]).values("maybe") == {"extracted_value": None, "extracted_valid": False}
-    assert scorer(regex="[0-9]+").values("42") == {"extracted_value": "42", "extracted_valid": True}
-    assert scorer(regex="[0-9]+").values("42a")["extracted_valid"] is False
-    assert scorer(regex=r"a\s+").values(" a \n") == {"extracted_value": "a \n", "extracted_valid": True}
+    assert values(scorer(choices=["yes", "no"]), " yes") == {"extracted_value": "yes", "extracted_valid": True}
+    assert values(scorer(choices=["yes", "no"]), "maybe") == {"extracted_value": None, "extracted_valid": False}
+    assert values(scorer(regex="[0-9]+"), "42") == {"extracted_value": "42", "extracted_valid": True}
+    assert values(scorer(regex="[0-9]+"), "42a")["extracted_valid"] is False
+    assert values(scorer(regex=r"a\s+"), " a \n") == {"extracted_value": "a \n", "extracted_valid": True}
 
 
 def test_fields_are_scored_against_gold_columns() -> None:
