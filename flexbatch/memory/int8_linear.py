@@ -17,18 +17,28 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Int8Layout:
-    """How a weight [..., out, in] is kept: int8 [..., out, in] and float32 scale [..., out]."""
+    """How a weight [..., out, in] is kept: int8 [..., in, out], turned over, and float32 scale [..., out].
+
+    `int8_linear` takes the stored values as `q.mT`: with 8 rows that is 1.3 to 2 times as fast as the other way round.
+    """
 
     shape: tuple[int, ...]
 
+    @property
+    def together(self) -> int:
+        """So many trailing dimensions are packed together; slices of those before them can be packed one by one."""
+        return 2
+
     def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The `parts` of a weight of this shape, or of some of its leading rows."""
-        return quantize_rows(tensor)
+        """The `parts` of a weight of this shape, or of some slices of its leading dimension."""
+        values, scale = quantize_rows(tensor)
+        return values.mT.contiguous(), scale
 
     @property
     def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
         """Name, dtype and shape of each stored tensor."""
-        return (("q", torch.int8, self.shape), ("scale", torch.float32, self.shape[:-1]))
+        *leading, rows, columns = self.shape
+        return (("q", torch.int8, (*leading, columns, rows)), ("scale", torch.float32, (*leading, rows)))
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +49,8 @@ def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for part in _parts(*rows.shape):
         numbers = rows[part].float()
         # Not `aminmax`, which torch does not vectorise along a row: twenty times slower.
-        torch.maximum(-numbers.amin(dim=-1), numbers.amax(dim=-1), out=scale[part]).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+        largest = torch.maximum(-numbers.amin(dim=-1), numbers.amax(dim=-1))
+        torch.clamp_min(largest.div_(LARGEST), torch.finfo(torch.float32).tiny, out=scale[part])
         values[part].copy_(numbers.mul(scale[part].reciprocal().unsqueeze(-1)).round_())
     return values.view(tensor.shape), scale.view(tensor.shape[:-1])
 
@@ -49,6 +60,7 @@ def int8_linear(
 ) -> torch.Tensor:
     """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out].
 
+    `weight` may have any strides; those of a turned over [in, out] (see `Int8Layout`) are the fastest.
     Returns [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others.
     `in` is at least 2: on one column torch 2.13's integer product is wrong.
     """

@@ -33,6 +33,9 @@ class Layout(Protocol):
     @property
     def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]: ...
 
+    @property
+    def together(self) -> int: ...
+
     def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -169,7 +172,7 @@ def _header(
 def _pieces(entry: TensorEntry, layout: Layout, reader: BufferedReader) -> Iterator[torch.Tensor]:
     """The source tensor, whole or in slices of its first dimension where rows are packed one by one."""
     row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
-    independent = len(entry.shape) > -getattr(layout, "dimension", -1)
+    independent = len(entry.shape) > layout.together
     rows = max(1, SLICE // row) if row and independent else max(1, entry.shape[0] if entry.shape else 1)
     buffer = AlignedBuffer(page_ceil(min(rows * row, entry.nbytes)) + 2 * page_ceil(1))
     for first in range(0, entry.shape[0], rows):

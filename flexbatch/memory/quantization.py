@@ -66,6 +66,11 @@ class QuantizedLayout:
         )
 
     @property
+    def together(self) -> int:
+        """So many trailing dimensions are packed together; slices of those before them can be packed one by one."""
+        return -self.dimension
+
+    @property
     def leading(self) -> tuple[int, ...]:
         return self.shape[: self.dimension]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,9 +129,13 @@ def test_int8_products_are_those_of_the_rounded_numbers(rows: int, width: int, o
 def test_int8_linear_is_close_to_the_float_one_and_keeps_shape_and_type() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 70, 256, generator=generator).bfloat16(), torch.randn(128, 256, generator=generator)
-    result = int8_linear(x, *Int8Layout((128, 256)).pack(weight))
+    layout = Int8Layout((128, 256))
+    values, scale = layout.pack(weight)
+    assert [(dtype, shape) for _, dtype, shape in layout.parts] == [
+        (part.dtype, part.shape) for part in (values, scale)
+    ]
+    result = int8_linear(x, values.mT, scale)
     expected = x.float() @ weight.t()
     assert result.shape == (3, 70, 128)
     assert result.dtype == torch.bfloat16
     assert (result - expected).norm() / expected.norm() < 0.02
-    assert math.prod(Int8Layout((128, 256)).parts[1][2]) == 128
