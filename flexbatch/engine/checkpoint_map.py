@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -22,7 +23,21 @@ from flexbatch.errors import ModelError
 from flexbatch.memory.safetensors_index import TensorEntry
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a parameter belongs: the module that holds it, its name there, its type and its device."""
+
+    module: nn.Module
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def parameter(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+@dataclass
 class ParameterSource:
     """The stored tensors of one parameter, in the order in which they are combined.
 
@@ -34,6 +49,16 @@ class ParameterSource:
     entries: list[TensorEntry] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
     converter: WeightConverter | None = None
+
+    stays_packed = False
+
+    def target_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """What the stored tensors are converted to on their way, for a parameter of `dtype` (None: as stored)."""
+        return dtype if self.converter is None else None
+
+    def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:
+        """Makes the stored tensors the parameter at `place`."""
+        place.module._parameters[place.name] = parameter(self.assemble(tensors, model).to(place.dtype))
 
     def assemble(self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
         """The parameter's value from its stored tensors by name."""

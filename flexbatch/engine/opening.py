@@ -14,6 +14,7 @@ from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import build
+from flexbatch.engine.packed_sources import pack_sources
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.memory.direct_io import choose_reader
@@ -66,6 +67,7 @@ class EngineOptions:
     padded_width: int = 0
     own_span: int = 0
     reader: str = "auto"
+    packed_folder: Path = Path()
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     on_event: OnEvent | None = None
 
@@ -90,8 +92,13 @@ def open_engine(
     """An engine ready to run: residents loaded, the stream of the other weights under way."""
     stepped = build(checkpoint.config, options.dtype)
     sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
+    integers = policy.compute == "int8"
+    if policy.weight_bits < 16 or integers:
+        folder = options.packed_folder
+        sources = pack_sources(stepped, sources, folder, weight_bits=policy.weight_bits, integers=integers)
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)
-    reader = choose_reader(sorted({entry.file for entry in checkpoint.entries.values()}), options.reader)
+    files = sorted({entry.file for source in sources.values() for entry in source.entries})
+    reader = choose_reader(files, options.reader)
     stream = StreamOptions(reader, policy.prefetch_bytes, options.on_event)
     weights = Weights(stepped, sources, policy.weights, storage, stream)
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None

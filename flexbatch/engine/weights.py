@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flexbatch.engine.checkpoint_map import ParameterSource
+from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
 from flexbatch.engine.model import SteppedModel, Stop
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
@@ -23,12 +23,10 @@ NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter of a stop: the module that holds it, its name there, its source, its type in the model."""
+    """One parameter of a stop: where it belongs and what it is made from."""
 
-    module: nn.Module
-    name: str
+    place: Place
     source: ParameterSource
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,16 @@ class StreamOptions:
     on_event: OnEvent | None = None
 
 
-def parameter_slots(stepped: SteppedModel, sources: Mapping[str, ParameterSource]) -> dict[str | None, list[Slot]]:
+def parameter_slots(
+    stepped: SteppedModel, sources: Mapping[str, ParameterSource], device: torch.device
+) -> dict[str | None, list[Slot]]:
     """Every parameter by the stop that owns it (None: the small modules between the stops)."""
     owners = stepped.stop_of_parameter()
     slots: dict[str | None, list[Slot]] = {}
-    for name, parameter in stepped.model.named_parameters(remove_duplicate=False):
+    for name, value in stepped.model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
-        slot = Slot(stepped.model.get_submodule(path), leaf, sources[name], parameter.dtype)
+        place = Place(stepped.model.get_submodule(path), leaf, value.dtype, device)
+        slot = Slot(place, sources[name])
         slots.setdefault(owners[name], []).append(slot)
     return slots
 
@@ -71,10 +72,11 @@ class Weights:
     ) -> None:
         self._stepped, self._storage, self._options = stepped, storage, options
         self._device = storage.device
-        self._slots = parameter_slots(stepped, sources)
+        self._slots = parameter_slots(stepped, sources, self._device)
         self.tiers = place_sources(stepped.stops, self._slots, shares)
         self._host: dict[str, torch.Tensor] = {}
         self._resident: dict[str, nn.Parameter] = {}
+        self._packed: dict[str, torch.Tensor] = {}
         self._load_residents(sources)
         self._order = [stop.name for stop in stepped.stops if self._streamed(stop.name)]
         self._position, self._stream = 0, None
@@ -83,21 +85,17 @@ class Weights:
     @contextmanager
     def ready(self, stop: Stop) -> Iterator[None]:
         """The stop's weights are in its module inside this context."""
-        streamed = self._streamed(stop.name)
-        if not streamed:
-            yield
-            return
-        tensors = self._acquire(stop.name)
-        for slot in streamed:
-            value = slot.source.assemble(tensors, self._stepped.model)
-            slot.module._parameters[slot.name] = _parameter(value.to(slot.dtype))
+        streamed, packed = self._streamed(stop.name), self._packed_slots(stop.name)
+        tensors = {**self._packed, **self._acquire(stop.name)} if streamed else self._packed
+        for slot in (*streamed, *packed):
+            slot.source.bind(slot.place, tensors, self._stepped.model)
         try:
             yield
         finally:
-            for slot in streamed:
-                slot.module._parameters[slot.name] = None
-            assert self._stream is not None
-            self._stream.release(stop.name)
+            for slot in (*streamed, *packed):
+                slot.place.module._parameters[slot.place.name] = None
+            if streamed and self._stream is not None:
+                self._stream.release(stop.name)
 
     def statistics(self) -> StreamStatistics:
         return self._stream.statistics() if self._stream is not None else NO_STATISTICS
@@ -108,6 +106,14 @@ class Weights:
 
     def _streamed(self, stop: str) -> list[Slot]:
         return [slot for slot in self._slots.get(stop, ()) if self.tiers[slot.source.name] is not Tier.DEVICE]
+
+    def _packed_slots(self, stop: str) -> list[Slot]:
+        """Resident weights that are kept packed and expanded for each pass."""
+        return [
+            slot
+            for slot in self._slots.get(stop, ())
+            if slot.source.stays_packed and self.tiers[slot.source.name] is Tier.DEVICE
+        ]
 
     def _acquire(self, name: str) -> Mapping[str, torch.Tensor]:
         """The next unit. Stops are registered in nearly the order of use; the first pass shows where they are not."""
@@ -138,7 +144,7 @@ class Weights:
             for entry in slot.source.entries:
                 if entry.name not in seen:
                     seen.add(entry.name)
-                    target = slot.dtype if slot.source.converter is None else None
+                    target = slot.source.target_dtype(slot.place.dtype)
                     yield StreamTensor(entry.name, self._host.get(entry.name, entry), target)
 
     def _load_residents(self, sources: Mapping[str, ParameterSource]) -> None:
@@ -155,13 +161,17 @@ class Weights:
         self._stepped.model._apply(_only_buffers(self._device))  # type: ignore[no-untyped-call]
 
     def _make_resident(self, slot: Slot) -> None:
+        if slot.source.stays_packed:
+            self._storage.budgets[Tier.DEVICE].reserve(slot.source.nbytes, "weights")
+            self._packed.update({entry.name: self._read(entry).to(self._device) for entry in slot.source.entries})
+            return
         twin = self._resident.get(slot.source.name)
         if twin is None:
             self._storage.budgets[Tier.DEVICE].reserve(slot.source.nbytes, "weights")
             tensors = {entry.name: self._read(entry) for entry in slot.source.entries}
-            value = slot.source.assemble(tensors, self._stepped.model).to(self._device, slot.dtype)
-            twin = self._resident.setdefault(slot.source.name, _parameter(value))
-        slot.module._parameters[slot.name] = twin
+            value = slot.source.assemble(tensors, self._stepped.model).to(self._device, slot.place.dtype)
+            twin = self._resident.setdefault(slot.source.name, parameter(value))
+        slot.place.module._parameters[slot.place.name] = twin
 
     def _keep_on_host(self, source: ParameterSource) -> None:
         for entry in source.entries:
@@ -174,10 +184,6 @@ class Weights:
         buffer = AlignedBuffer(-(-entry.nbytes // PAGE) * PAGE + 2 * PAGE)
         start = self._options.reader.read(entry.file, entry.offset, entry.nbytes, buffer, 0)
         return buffer.view(start, TORCH_DTYPES[entry.dtype], entry.shape)
-
-
-def _parameter(value: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)
 
 
 def _only_buffers(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

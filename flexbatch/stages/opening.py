@@ -30,6 +30,7 @@ def open_for(config: Config, model: Model, work: Work, plan: Plan, scratch: Path
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,
             reader=config.offload.reader,
+            packed_folder=Path(config.model.cache_dir).expanduser() / "packed",
             constraints=work.constraints,
         ),
     )

@@ -44,7 +44,14 @@ def engine(
         policy,
         limits or Limits(disk_folder=disk_folder),
         Vocabulary(NumberDecoder(), frozenset(end_tokens)),
-        EngineOptions(span, dtype, padded_width=padded_width, reader="buffered", constraints=constraints or {}),
+        EngineOptions(
+            span,
+            dtype,
+            padded_width=padded_width,
+            reader="buffered",
+            constraints=constraints or {},
+            packed_folder=disk_folder / "packed",
+        ),
     )
 
 
