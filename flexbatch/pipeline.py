@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from flexbatch.report.html import write_report
 from flexbatch.report.plan_record import plan_record
 from flexbatch.report.plan_text import Plan, plan_lines, predicted_against_measured, print_plan
 from flexbatch.report.progress import Progress
-from flexbatch.report.summary import closing_lines, print_summary, print_table
-from flexbatch.report.timeline import Timeline
+from flexbatch.report.summary import closing_lines, invocation, print_summary, print_table
+from flexbatch.report.timeline import Timeline, last_attempt, read_timeline, totals, totals_text
 from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
 from flexbatch.stages.model import Model, find_model, find_model_to_plan
@@ -52,8 +51,7 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
             _generate(config, model, work, plan, ledger, writer, stop)
         summary = summarize_run(folder, work, model, time.monotonic() - started)
     write_report(folder)
-    command = shlex.join(["python", "-m", "flexbatch", *overrides])
-    print_summary(summary.score_lines(), closing_lines(summary.outcome, command))
+    print_summary(summary.score_lines(), closing_lines(summary.outcome, invocation(), overrides))
     return summary
 
 
@@ -81,7 +79,12 @@ def _generate(
     engine = open_for(config, model, work, plan, ledger.scratch)
     ledger.save_plan(plan_record(plan))
     tally = Tally()
-    with Timeline(ledger.folder) as timeline, Progress(work.total, ledger.rows_done, sys.stderr) as progress:
+    to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
+    planned = plan.prediction.seconds * to_do
+    with (
+        Timeline(ledger.folder) as timeline,
+        Progress(work.total, ledger.rows_done, sys.stderr, planned_seconds=planned) as progress,
+    ):
 
         def on_pass(result: PassResult, rows_done: int) -> None:
             tally.add(result)
@@ -96,3 +99,4 @@ def _generate(
             engine.close()
     ledger.save_plan(plan_record(plan, tally.measured()))
     print_table(predicted_against_measured(plan, tally.measured()))
+    print(totals_text(totals(last_attempt(read_timeline(ledger.folder)))), file=sys.stderr)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TextIO
@@ -117,7 +118,8 @@ class Progress:
     """Call `update` after every pass, with the rows of the whole job that are done (earlier attempts included).
 
     The finish time comes from the rows finished in the last minutes of this attempt alone. While a pass takes minutes
-    a line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it.
+    a line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it. Until
+    the first row is finished the time left is what the plan says, `planned_seconds` for this attempt.
     """
 
     def __init__(
@@ -126,10 +128,12 @@ class Progress:
         already_done: int = 0,
         stream: TextIO | None = None,
         *,
+        planned_seconds: float = math.inf,
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_rows = total_rows
+        self._planned_seconds = planned_seconds
         self._stream = stream or sys.stderr
         self._every = self._pause = every_seconds
         self._clock = clock
@@ -185,7 +189,10 @@ class Progress:
 
     @property
     def now(self) -> Snapshot:
-        return self._samples.snapshot(self._clock(), self._total_rows, self._in_flight)
+        measured = self._samples.snapshot(self._clock(), self._total_rows, self._in_flight)
+        if math.isfinite(measured.seconds_left):
+            return measured
+        return replace(measured, seconds_left=max(1.0, self._planned_seconds - measured.elapsed))
 
     def _speak_up(self) -> None:
         """In a thread of its own: a line when no pass has ended for a while, twice as long after each."""

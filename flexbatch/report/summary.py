@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +59,8 @@ def scores_table(lines: Sequence[ScoreLine]) -> Table:
     return table
 
 
-def closing_lines(outcome: Outcome, command: str) -> list[str]:
-    """Where the results are and how to resume, plan and read them. `command` is what the run was started with."""
+def closing_lines(outcome: Outcome, called: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Where the results are and how to resume, plan and read them. `called` is the command before its overrides."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.finish_reasons.items()))
     folder = outcome.folder
     return [
@@ -66,9 +68,25 @@ def closing_lines(outcome: Outcome, command: str) -> list[str]:
         f"this attempt took {duration_text(outcome.seconds)}.",
         f"Results  {folder}/data  (Parquet; metrics.json and report.html beside it)",
         f"Read     python -c \"import pandas; print(pandas.read_parquet('{folder}/data'))\"",
-        f"Resume   {command}   (the same command goes on after any interruption)",
-        f"Plan     {command.replace('flexbatch', 'flexbatch plan', 1)}   (where everything lives, how long it takes)",
+        f"Resume   {shlex.join([*called, *overrides])}   (the same command goes on after any interruption)",
+        f"Plan     {shlex.join([*called, 'plan', *overrides])}   (where everything lives, how long it takes)",
     ]
+
+
+def invocation() -> list[str]:
+    """How this process was called, as the user can call it again: by name where the PATH leads here."""
+    called = Path(sys.argv[0])
+    if called.name == "flexbatch":
+        return [called.name if shutil.which(called.name) == str(called) else _from_here(called)]
+    found = shutil.which("python")
+    same = found is not None and Path(found).parent == Path(sys.executable).parent
+    return ["python" if same else _from_here(Path(sys.executable)), "-m", "flexbatch"]
+
+
+def _from_here(path: Path) -> str:
+    """Relative to the working folder where it lies inside it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def print_table(table: Table) -> None:

@@ -116,6 +116,10 @@ def read_timeline(folder: Path) -> list[Stretch]:
     return stretches
 
 
+def last_attempt(stretches: Sequence[Stretch]) -> list[Stretch]:
+    return [stretch for stretch in stretches if stretch.attempt == stretches[-1].attempt]
+
+
 @dataclass(frozen=True, slots=True)
 class Totals:
     """Stretches added up, over all attempts or one."""
@@ -169,9 +173,9 @@ def totals_text(sums: Totals) -> str:
     traffic = traffic_text({link: count / max(sums.seconds, 1e-9) for link, count in sums.bytes_moved.items()})
     return "\n".join(
         [
-            f"{sums.decode_tokens:,} tokens generated and {sums.prefill_tokens:,} prompt tokens read in "
+            f"Did      {sums.decode_tokens:,} tokens generated and {sums.prefill_tokens:,} prompt tokens read in "
             f"{duration_text(sums.seconds)}: {rate_text(sums.tokens_per_second)} tokens/s over {sums.passes:,} passes",
-            f"time: {shares or 'none'}",
-            f"moved: {traffic or 'nothing'}",
+            f"Time     {shares or 'none'}",
+            f"Moved    {traffic or 'nothing'}",
         ]
     )

@@ -118,6 +118,15 @@ def test_nobody_knows_the_finish_before_the_first_row() -> None:
     assert "? left, done at ?" in line_text(now, datetime(2026, 1, 1, tzinfo=UTC))
 
 
+def test_the_plan_says_when_it_ends_until_the_first_row_is_done() -> None:
+    clock = Clock()
+    with Progress(100, stream=io.StringIO(), planned_seconds=600, clock=clock) as progress:
+        drive(progress, clock, 10, rows_per_pass=0)
+        assert progress.now.seconds_left == pytest.approx(590)
+        drive(progress, clock, 10, rows_per_pass=1)
+        assert progress.now.seconds_left == pytest.approx(180)
+
+
 def test_a_pass_of_minutes_is_not_silence() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(100, stream=stream, clock=clock, every_seconds=5) as progress:
