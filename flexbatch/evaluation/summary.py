@@ -95,7 +95,7 @@ def summarize(scored: Sequence[tuple[Scenario, Sequence[InstanceScore]]]) -> Sco
 
 
 def _scenario_scores(scenario: Scenario, scores: Sequence[InstanceScore]) -> ScenarioScores:
-    judged = [name for name in scores[0].statistics if name.partition("@")[0] in _base_names(scenario)]
+    judged = [name for name in scores[0].statistics if _is_reported(name, scenario)]
     answers = [answer for score in scores for answer in score.answers]
     return ScenarioScores(
         scenario=scenario.name,
@@ -110,8 +110,10 @@ def _scenario_scores(scenario: Scenario, scores: Sequence[InstanceScore]) -> Sce
     )
 
 
-def _base_names(scenario: Scenario) -> set[str]:
-    return {name.partition("@")[0] for name in scenario.metrics}
+def _is_reported(name: str, scenario: Scenario) -> bool:
+    """HELM's files also have `@k` where there is one completion (multiple choice); that says nothing new."""
+    base, _, best_of = name.partition("@")
+    return name in scenario.metrics or (base in scenario.metrics and (not best_of or scenario.spec.completions > 1))
 
 
 def _by_instance(scores: Sequence[InstanceScore], name: str) -> NDArray[np.float64]:

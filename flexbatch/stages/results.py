@@ -13,7 +13,8 @@ from flexbatch.data.durable import write_file
 from flexbatch.data.reader import Source
 from flexbatch.data.results import read_results
 from flexbatch.data.writer import list_parts
-from flexbatch.evaluation.summary import Scores
+from flexbatch.evaluation.helm_files import write_helm_files
+from flexbatch.evaluation.summary import Scores, summarize
 from flexbatch.report.summary import Outcome, ScoreLine
 from flexbatch.stages.model import Model
 from flexbatch.stages.work import Work
@@ -43,7 +44,7 @@ def output_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> RunSummary:
-    """Reads the output back, scores it where the job is scored, and writes `metrics.json`."""
+    """Reads the output back, scores it where the job is scored, and writes `metrics.json` (with HELM's files for its scenarios)."""
     results = read_results(folder)
     scores = _score(folder, work, model)
     outcome = Outcome(folder, results.rows, results.completion_tokens, results.finish_reasons, seconds)
@@ -59,5 +60,7 @@ def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> Run
 
 def _score(folder: Path, work: Work, model: Model) -> Scores | None:
     if work.evaluation is not None:
-        return work.evaluation.score(output_rows(folder), model.tokenizer)
+        scored = work.evaluation.instance_scores(output_rows(folder), model.tokenizer)
+        write_helm_files(folder, scored, model.tokenizer, Path(model.found.name).name)
+        return summarize(scored)
     return work.scorer.score(output_rows(folder)) if work.scorer is not None else None
