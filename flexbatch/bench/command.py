@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from flexbatch.bench.comparison import OWN, Comparison, EngineRuns
+from flexbatch.bench.fitting import why_no_room
 from flexbatch.bench.launcher import Launcher
 from flexbatch.bench.machine import describe_machine, load_average
 from flexbatch.bench.peers import Search, search_batch
@@ -25,6 +26,9 @@ from flexbatch.bench.trial import Outcome, Prompts, Trial, write_prompts
 from flexbatch.bench.workloads import make_prompts
 from flexbatch.config import Config, parse_bytes
 from flexbatch.errors import ConfigError, EngineError
+
+PREPARATIONS = {"ctranslate2": "ctranslate2-conversion"}
+"""What is done once, before a peer can open the model."""
 
 
 def bench(config: Config) -> None:
@@ -124,6 +128,12 @@ class Session:
         return MachineLimits.from_details(outcome.details)
 
     def _search(self, peer: str) -> Search:
+        """The peer's best batch size, or why it cannot run here."""
+        error = why_no_room(self._trial(peer))
+        if not error and peer in PREPARATIONS:
+            error = self._run(self._trial(PREPARATIONS[peer], limit=0)).error
+        if error:
+            return Search((Outcome(peer, error=error),))
         sizes = [min(size, self._template.rows) for size in self._config.bench.batches]
         return search_batch(sizes, lambda size: self._run(self._trial(peer, batch=size, rows=size)))
 

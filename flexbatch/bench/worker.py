@@ -13,15 +13,16 @@ from flexbatch.bench.trial import Outcome, read_trial, write_record
 from flexbatch.errors import FlexbatchError
 from flexbatch.memory.main_memory import peak_resident_bytes
 
-# Each module has `run(trial) -> Outcome`. It raises NotRunError for an engine that cannot run here.
+# Module and function, `function(trial) -> Outcome`; imported one at a time, because each imports much.
 ENGINES = {
-    "flexbatch": "flexbatch.bench.engines.streaming",
-    "accelerate": "flexbatch.bench.engines.accelerate_disk",
-    "transformers": "flexbatch.bench.engines.transformers_memory",
-    "ctranslate2": "flexbatch.bench.engines.ctranslate2_memory",
-    "deepspeed": "flexbatch.bench.engines.deepspeed_disk",
-    "roofline": "flexbatch.bench.engines.machine_limits",
-    "checkpoint": "flexbatch.bench.engines.checkpoint_maker",
+    "flexbatch": ("streaming", "run"),
+    "accelerate": ("accelerate_disk", "run"),
+    "transformers": ("transformers_memory", "run"),
+    "ctranslate2": ("ctranslate2_memory", "run"),
+    "ctranslate2-conversion": ("ctranslate2_memory", "convert"),
+    "deepspeed": ("deepspeed_disk", "run"),
+    "roofline": ("machine_limits", "run"),
+    "checkpoint": ("checkpoint_maker", "run"),
 }
 
 
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ[name] = "1"
     trial = read_trial(Path(record))
     try:
-        outcome: Outcome = importlib.import_module(ENGINES[engine]).run(trial)
+        module, function = ENGINES[engine]
+        outcome: Outcome = getattr(importlib.import_module(f"flexbatch.bench.engines.{module}"), function)(trial)
     except FlexbatchError as error:
         outcome = Outcome(engine, rows=trial.rows, batch=trial.batch, error=" ".join(str(error).split()))
     write_record(Path(answer), dataclasses.replace(outcome, engine=engine, peak_resident=peak_resident_bytes()))

@@ -7,12 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from flexbatch.bench.engines.batched import generate_batches
 from flexbatch.bench.engines.meter import Meter
-from flexbatch.bench.fitting import require_room
 from flexbatch.bench.trial import Outcome, Trial
 
 
 def run(trial: Trial) -> Outcome:
-    require_room(trial, "Transformers")
     meter = Meter()
     model = AutoModelForCausalLM.from_pretrained(trial.model, dtype=getattr(torch, trial.dtype))
     return generate_batches(model, trial, meter)
