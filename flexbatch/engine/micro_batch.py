@@ -63,6 +63,9 @@ def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) ->
         walker.switch(stop)
         if restore is not None:
             restore()
+        # The head gets the last positions of a prefill as a slice; on a strided batch of them torch's linear copies the
+        # whole vocabulary matrix once for each row (a third of a small model's prefill).
+        args = tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
         return forward(*args, **kwargs)
 
     return stopped
