@@ -127,7 +127,7 @@ class AnswerWriter(PartWriter):
 
 def check_request(request: Request, number: int, positions: int) -> None:
     """ConfigError for a request that cannot be answered by a model of so many positions (0: no bound)."""
-    where, length = f"request {number}", len(request.prompt_ids)
+    where, length, wanted = f"request {number}", len(request.prompt_ids), _new_tokens(request)
     if request.score_tokens and not 0 < request.score_tokens < length:
         raise ConfigError(
             f"{where}: {request.score_tokens} of its {length} tokens are to be scored.",
@@ -137,10 +137,10 @@ def check_request(request: Request, number: int, positions: int) -> None:
         raise ConfigError(f"{where} has no tokens.", remedy="Begin it with the beginning-of-sequence token.")
     if request.constraint or request.resumed:
         raise ConfigError(f"{where} has a constraint or is begun already.", remedy="A session takes neither.")
-    fed = length - 1 + _new_tokens(request)  # the last token is not fed to the model
+    fed = length - 1 + wanted  # the last token is not fed to the model
     if positions and fed > positions:
         raise ConfigError(
-            f"{where} has {length} tokens and asks for {_new_tokens(request)} more; the model has {positions} positions.",
+            f"{where} has {length} tokens and asks for {wanted} more; the model has {positions} positions.",
             remedy="Cut the prompt, or ask for fewer tokens.",
         )
 
