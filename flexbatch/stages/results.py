@@ -44,7 +44,7 @@ def output_rows(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> RunSummary:
-    """Reads the output back, scores it where the job is scored, and writes `metrics.json` (with HELM's files for its scenarios)."""
+    """Reads the output back, scores it where the job is scored, and writes `metrics.json` and HELM's files."""
     results = read_results(folder)
     scores = _score(folder, work, model)
     outcome = Outcome(folder, results.rows, results.completion_tokens, results.finish_reasons, seconds)
