@@ -4,8 +4,10 @@ Softmax over two sets of keys is the mean of the two softmaxes weighted by the e
 (Hydragen, arXiv 2402.05099, section 3.1), so the prefix's part can be computed for all rows of a group in one matrix
 product and the result is exact.
 
-The cache's `update` hands keys to this function through the model's own forward; keys that have shared prefixes before
-them carry them as the attribute `shared`, a list of `SharedKeys`.
+Where the rows' own keys lie on several tiers, each tier is attended to by itself, on the host's processor if need be.
+
+The cache's `update` hands keys to this function through the model's own forward; what belongs to them (prefixes before
+them, the other tiers' keys) they carry along as the attribute `carried`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "flexbatch_shared_prefix"
+NAME = "flexbatch_merging"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,33 @@ class SharedKeys:
     rows: torch.Tensor
 
 
-def carry(keys: torch.Tensor, shared: Sequence[SharedKeys]) -> torch.Tensor:
-    """`keys`, with the prefixes that come before them."""
-    if shared:
-        keys.shared = shared  # type: ignore[attr-defined]
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """The keys and values `[rows, kv_heads, columns, head_dim]` of some of the batch's rows, on any device."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
+
+    shared: Sequence[SharedKeys]
+    parts: Sequence[OwnKeys]
+
+
+def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
+    """`keys`, with what belongs to them."""
+    if shared or parts:
+        keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
     return keys
 
 
 def register() -> str:
     """Makes the function known to Transformers and returns its name."""
-    AttentionInterface.register(NAME, shared_prefix_attention)
+    AttentionInterface.register(NAME, merging_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
@@ -60,7 +79,7 @@ def merges_prefixes(config: PreTrainedConfig, model_class: type) -> bool:
     return not getattr(text, "attn_logit_softcapping", None)
 
 
-def shared_prefix_attention(
+def merging_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -71,21 +90,34 @@ def shared_prefix_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` `[rows, heads, tokens, head_dim]`, `key` and `value` `[rows, kv_heads, columns, head_dim]`; returns
-    `[rows, tokens, heads, head_dim]`. Without shared prefixes this is Transformers' own SDPA function."""
-    shared: Sequence[SharedKeys] | None = getattr(key, "shared", None)
-    if shared is None:
+    `[rows, tokens, heads, head_dim]`. Where the keys carry nothing this is Transformers' own SDPA function."""
+    carried: Carried | None = getattr(key, "carried", None)
+    if carried is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return result
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    groups = query.shape[1] // key.shape[1]
-    own, own_weight = attend(query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask, scale)
-    output, weight = own.float(), own_weight
-    for prefix in shared:
+    parts = carried.parts or (OwnKeys(key, value, slice(None)),)
+    made = [attend_own(query, part, attention_mask, scale) for part in parts]
+    output = torch.cat([output for output, _ in made]).float()
+    weight = torch.cat([weight for _, weight in made])
+    for prefix in carried.shared:
         theirs, their_weight = attend_prefix(query[prefix.rows], prefix.keys, prefix.values, scale)
         output[prefix.rows] = merge(output[prefix.rows], weight[prefix.rows], theirs.float(), their_weight)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def attend_own(
+    query: torch.Tensor, part: OwnKeys, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows' attention to their own keys, where those are; result and log-sum-exp come back to the query."""
+    place, groups = part.keys.device, query.shape[1] // part.keys.shape[1]
+    own = query[part.rows].to(place)
+    own_mask = None if mask is None else mask[part.rows].to(place)
+    keys, values = repeat_kv(part.keys, groups), repeat_kv(part.values, groups)
+    output, weight = attend(own, keys, values, own_mask, scale)
+    return output.to(query.device), weight.to(query.device)
 
 
 def merge(

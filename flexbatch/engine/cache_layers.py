@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.engine.attention import SharedKeys, carry
+from flexbatch.engine.attention import OwnKeys, SharedKeys, carry
 from flexbatch.engine.kv_arena import LayerStore
+from flexbatch.plan.policy import Tier
 
 if TYPE_CHECKING:
     from flexbatch.engine.prefix import Prefix
@@ -36,28 +37,61 @@ class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class DecodeLayer(_View):  # type: ignore[no-untyped-call]
     """One token for every slot of the decode batch: written at column `end`, attending from column `first` on.
 
-    `shared` says which prefixes come before which rows.
+    All tiers' keys and values are brought together on the device, for any attention.
     """
 
-    def __init__(
-        self, store: LayerStore, rows: int, first: int, end: int, shared: Sequence[tuple[Prefix, torch.Tensor]]
-    ) -> None:
+    def __init__(self, store: LayerStore, rows: int, first: int, end: int) -> None:
         super().__init__(store.columns)
-        self._store, self._rows, self._first, self._end, self._shared = store, rows, first, end, shared
+        self._store, self._rows, self._first, self._end = store, rows, first, end
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
-        keys, values = self._store.read(self._rows, self._first, self._end, key_states.device)
-        index = self._store.index
-        return carry(keys, [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]), values
+        parts = self._store.read(self._rows, self._first, self._end)
+        keys = [part.keys.to(key_states.device) for part in parts]
+        values = [part.values.to(key_states.device) for part in parts]
+        return (keys[0], values[0]) if len(parts) == 1 else (torch.cat(keys), torch.cat(values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._end - self._first + query_length, 0
 
     def get_seq_length(self) -> int:
         return self._end - self._first
+
+
+class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
+    """A decode batch under `attention.merging_attention`: tiers stay apart, and prefixes come before their rows.
+
+    With `host_attention` the queries go to the keys on the host, otherwise those keys come to the device.
+    """
+
+    def __init__(
+        self,
+        store: LayerStore,
+        rows: int,
+        first: int,
+        end: int,
+        shared: Sequence[tuple[Prefix, torch.Tensor]],
+        host_attention: bool,
+    ) -> None:
+        super().__init__(store, rows, first, end)
+        self._shared, self._host_attention = shared, host_attention
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._store.write_column(self._end, key_states, value_states)
+        index, device = self._store.index, key_states.device
+        parts = []
+        for part in self._store.read(self._rows, self._first, self._end):
+            stays = part.tier is Tier.HOST and self._host_attention
+            place = part.keys.device if stays else device
+            parts.append(
+                OwnKeys(part.keys.to(place), part.values.to(place), slice(part.first, part.first + part.count))
+            )
+        shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
+        return carry(parts[0].keys, shared, parts if len(parts) > 1 else ()), parts[0].values
 
 
 class PrefillLayer(_View):  # type: ignore[no-untyped-call]

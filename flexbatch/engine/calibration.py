@@ -29,16 +29,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexbatch.errors import ConfigError
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
+from flexbatch.memory.int8_linear import int8_linear
+from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.memory.tiers import available_memory
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
+from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 3
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 HIDDEN = 4096
+WIDTHS = (512, 1024, 2048, 4096)
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 512 << 20
@@ -117,6 +121,8 @@ def _measure(device: torch.device, disk_folder: Path) -> dict[str, Any]:
         "device": device.type,
         "cores": _cores(),
         "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
+        "gemm_width": _width_factors(device),
+        "activation_numbers": _activation_rate(device),
         "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
         "host_attention_bytes": _decode_attention(torch.device("cpu")),
@@ -192,18 +198,53 @@ def _gemm_rate(device: torch.device, dtype: torch.dtype, rows: int) -> float:
 
 
 @torch.inference_mode()
+def _width_factors(device: torch.device) -> dict[int, float]:
+    """A linear layer's rate at several hidden sizes, as a part of its rate at the largest."""
+    rates = {}
+    for width in WIDTHS:
+        weight = torch.randn(4 * width, width, dtype=_half(device), device=device)
+        inputs = torch.randn(1024, width, dtype=weight.dtype, device=device)
+        rates[width] = (
+            2.0 * inputs.numel() * weight.shape[0] / seconds_of(partial(functional.linear, inputs, weight), device)
+        )
+    return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
+
+
+@torch.inference_mode()
+def _activation_rate(device: torch.device) -> float:
+    """Numbers per second through what a layer does besides products: norms, residuals, an activation, copies."""
+    tokens, width = 2048, 1024
+    hidden = torch.randn(8, tokens // 8, width, dtype=_half(device), device=device)
+    inner = torch.randn(8, tokens // 8, 4 * width, dtype=_half(device), device=device)
+    kept = torch.empty(8, 16, tokens // 8, width // 16, dtype=_half(device), device=device)
+    norm = torch.nn.LayerNorm(width, dtype=_half(device), device=device)
+
+    def work() -> None:
+        for _ in range(2):
+            norm(hidden + hidden)
+            for row in range(8):
+                kept[row] = hidden[row].view(tokens // 8, 16, -1).transpose(0, 1)
+        kept.transpose(1, 2).reshape(8, -1, width)
+        torch.relu(inner)
+
+    return tokens * layer_activations(width, 4 * width) / seconds_of(work, device)
+
+
+@torch.inference_mode()
 def _int8_rate(rows: int) -> float:
+    """FLOP/s of the engine's own 8-bit linear layer, rounding of the activations included."""
     weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8) for _ in range(2)]
-    inputs = torch.randint(-9, 9, (max(rows, 1), HIDDEN), dtype=torch.int8)
+    scale = torch.ones(HIDDEN)
+    inputs = torch.randn(rows, HIDDEN, dtype=torch.bfloat16)
 
     def work() -> None:
         for weight in weights:
-            torch._int_mm(inputs, weight.t())
+            int8_linear(inputs, weight, scale)
 
     return 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds_of(work, torch.device("cpu"), rounds=3)
 
 
-def _attention_dtype(device: torch.device) -> torch.dtype:
+def _half(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
@@ -211,9 +252,7 @@ def _attention_dtype(device: torch.device) -> torch.dtype:
 def _prefill_attention(device: torch.device) -> float:
     """FLOP/s over all pairs of 512 positions, with a mask as padded prompts have one."""
     heads, length, size = 16, 512, 64
-    query, key, value = (
-        torch.randn(1, heads, length, size, dtype=_attention_dtype(device), device=device) for _ in range(3)
-    )
+    query, key, value = (torch.randn(1, heads, length, size, dtype=_half(device), device=device) for _ in range(3))
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
     seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
     return 4.0 * heads * length * length * size / seconds
@@ -223,7 +262,7 @@ def _prefill_attention(device: torch.device) -> float:
 def _decode_attention(device: torch.device) -> float:
     """KV bytes per second for one query per row, read through the arena's strides (a column range of longer rows)."""
     rows, heads, length, size = 8, 16, 512, 64
-    dtype = _attention_dtype(device)
+    dtype = _half(device)
     keys, values = (
         torch.randn(rows, heads, length + 160, size, dtype=dtype, device=device)[:, :, 80 : 80 + length]
         for _ in range(2)
@@ -252,16 +291,10 @@ def _links(device: torch.device) -> tuple[float, float]:
 
 @torch.inference_mode()
 def _dequantise_rate(device: torch.device) -> float:
-    """Numbers per second from packed four bits to the compute type, in groups of 32 with a scale and a minimum."""
-    count, group = HIDDEN * HIDDEN, 32
-    packed = torch.randint(0, 255, (count // group, group // 2), dtype=torch.uint8, device=device)
-    scale, least = (torch.randn(count // group, 1, dtype=_attention_dtype(device), device=device) for _ in range(2))
-
-    def work() -> torch.Tensor:
-        numbers = torch.stack([packed & 15, packed >> 4], dim=-1).view(count // group, group)
-        return numbers.to(scale.dtype).mul_(scale).add_(least)
-
-    return count / seconds_of(work, device)
+    """Numbers per second from packed four bits to the compute type, as the engine expands a weight."""
+    packed = quantize(torch.randn(HIDDEN, HIDDEN, device=device), 4, QUANTIZATION_GROUP)
+    out = torch.empty(HIDDEN, HIDDEN, dtype=_half(device), device=device)
+    return out.numel() / seconds_of(partial(dequantize, packed, out), device)
 
 
 @torch.inference_mode()

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from flexbatch.engine.cache_layers import CopyingPrefillLayer, DecodeLayer, MergingPrefillLayer, PrefillLayer
-from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.cache_layers import (
+    CopyingPrefillLayer,
+    DecodeLayer,
+    MergingDecodeLayer,
+    MergingPrefillLayer,
+    PrefillLayer,
+)
+from flexbatch.engine.kv_arena import KVArena, LayerStore
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix
 from flexbatch.engine.schedule import oldest_column
@@ -36,6 +42,7 @@ class Caller:
     stepped: SteppedModel
     arena: KVArena
     device: torch.device
+    host_attention: bool = False
 
     def decode(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
         """Next-token logits, float32 `[rows, vocabulary]`, of the slots 0 to rows - 1."""
@@ -47,8 +54,15 @@ class Caller:
         ids = torch.tensor([row.token for row in rows], device=self.device)[:, None]
         before = torch.tensor([len(row.prefix) if row.prefix else 0 for row in rows], device=self.device)
         shared = [(prefix, torch.tensor(members, device=self.device)) for prefix, members in _members(rows)]
-        cache = Cache(layers=[DecodeLayer(layer, len(rows), first, end, shared) for layer in self.arena.layers])
+        cache = Cache(layers=[self._decode_layer(layer, len(rows), first, shared) for layer in self.arena.layers])
         return self._call(ids, mask, (cached + before)[:, None], cache, 1)[:, -1]
+
+    def _decode_layer(
+        self, store: LayerStore, rows: int, first: int, shared: Sequence[tuple[Prefix, torch.Tensor]]
+    ) -> DecodeLayer:
+        if self.stepped.merges_prefixes:
+            return MergingDecodeLayer(store, rows, first, self.arena.end, shared, self.host_attention)
+        return DecodeLayer(store, rows, first, self.arena.end)
 
     def compute(self, prefix: Prefix) -> None:
         """The keys and values of a prefix."""

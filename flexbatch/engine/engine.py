@@ -77,10 +77,11 @@ class Engine:
         prefill_tokens: int,
         padded_width: int = 0,
         share_prefixes: bool = True,
+        host_attention: bool = False,
         constraints: Mapping[str, Constraint] | None = None,
     ) -> None:
         self._weights, self._arena, self._storage = weights, arena, storage
-        self._caller = Caller(stepped, arena, storage.device)
+        self._caller = Caller(stepped, arena, storage.device, host_attention)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._prefill_tokens, self._padded_width = prefill_tokens, padded_width

@@ -70,17 +70,20 @@ class LayerStore:
             segment.keys[slot - segment.first, :, columns] = keys[row]
             segment.values[slot - segment.first, :, columns] = values[row]
 
-    def read(self, rows: int, first: int, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`; a view where one tier holds all."""
+    def read(self, rows: int, first: int, end: int) -> list[Segment]:
+        """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, tier by tier; views."""
         columns = slice(first, end + 1)
-        parts = [
-            (s.keys[: rows - s.first, :, columns].to(device), s.values[: rows - s.first, :, columns].to(device))
+        return [
+            Segment(
+                s.tier,
+                s.first,
+                stop - s.first,
+                s.keys[: stop - s.first, :, columns],
+                s.values[: stop - s.first, :, columns],
+            )
             for s in self.segments
-            if s.first < rows
+            if (stop := min(rows, s.first + s.count)) > s.first
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([keys for keys, _ in parts]), torch.cat([values for _, values in parts])
 
     def move(self, source: int, target: int) -> None:
         """Copies slot `source` over slot `target`."""

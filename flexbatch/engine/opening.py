@@ -115,6 +115,7 @@ def open_engine(
         vocabulary,
         prefill_tokens=policy.prefill_tokens,
         padded_width=options.padded_width,
+        host_attention=policy.host_attention,
         share_prefixes=policy.prefix_sharing and not options.padded_width,
         constraints=options.constraints,
     )

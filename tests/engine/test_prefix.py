@@ -32,7 +32,7 @@ def requests(seed: int = 3) -> list[Request]:
 @pytest.mark.parametrize("tiers", [(1.0, 0.0), (0.4, 0.3)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefixes_do_not_change_tokens(family: str, tiers: tuple[float, float], tmp_path: Path) -> None:
-    policy = Policy(kv=Shares(*tiers), weights=Shares(*tiers), slots=4, prefill_tokens=24)
+    policy = Policy(kv=Shares(*tiers), weights=Shares(*tiers), slots=4, prefill_tokens=24, host_attention=tiers[0] < 1)
     running = engine(saved(family), policy, SHARED + OWN + NEW_TOKENS, tmp_path)
     assert running._caller.stepped.merges_prefixes is (family in MERGING)
     asked = requests()
