@@ -133,11 +133,16 @@ class _Relation:
 
 _RELATIONS = (
     _Relation("The {subject} is {value}.", "What colour is the {subject}?", THINGS, COLOURS),
-    _Relation("The {subject} is in the {value}.", "Where is the {subject}?", THINGS, ROOMS),
     _Relation("{subject} lives in {value}.", "Where does {subject} live?", NAMES, CITIES),
-    _Relation("{subject} has the {value}.", "What does {subject} have?", NAMES, THINGS),
     _Relation("{subject} likes the {value}.", "What does {subject} like?", NAMES, ANIMALS),
 )
+
+
+def word_choice(rng: Random) -> Instance:
+    """A word and four options: which of them is it?"""
+    options = rng.sample(rng.choice((ANIMALS, FRUITS, THINGS, COLOURS, CITIES)), 4)
+    correct = rng.randrange(4)
+    return Instance(f"Which option is {options[correct]}?", tuple(options), correct)
 
 
 def facts_choice(rng: Random) -> Instance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
 from flexbatch.embedded.tasks import Task, evaluation_examples
 
@@ -11,7 +11,7 @@ EVALUATION_SEED = 7
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy completions, left-padded, cut at the first newline that follows text."""
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -29,7 +29,7 @@ def complete(
 
 
 def scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, count: int, shots: int, batch: int = 32
+    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, count: int, shots: int, batch: int = 32
 ) -> float:
     """The share of `count` held-out instances whose greedy completion is the answer, each after `shots` examples."""
     examples = evaluation_examples(task, count, shots, EVALUATION_SEED)

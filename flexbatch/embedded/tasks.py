@@ -85,6 +85,16 @@ TASKS = {
             answer_weight=3.0,
         ),
         Task(
+            "word_choice",
+            instances.word_choice,
+            "The following are multiple choice questions (with answers) about words.\n",
+            "Question: ",
+            "Answer: ",
+            choices=True,
+            weight=1.5,
+            answer_weight=3.0,
+        ),
+        Task(
             "field_extraction",
             instances.field_extraction,
             "Give the value of the field.\n",
@@ -108,7 +118,7 @@ TASKS = {
     )
 }
 
-EVALUATED = ("pattern_match", "variable_substitution", "facts_choice", "field_extraction", "copying")
+EVALUATED = ("pattern_match", "variable_substitution", "word_choice", "facts_choice", "field_extraction", "copying")
 """The scenarios of the bundled evaluation."""
 
 

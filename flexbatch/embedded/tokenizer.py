@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flexbatch.embedded.architecture import POSITIONS
 from flexbatch.embedded.tasks import TASKS, training_example
 
 VOCABULARY_SIZE = 1024
@@ -42,7 +43,8 @@ def train_tokenizer(seed: int, examples_per_task: int = 1500) -> PreTrainedToken
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", pair="</s> $A </s> $B", special_tokens=[opening]
     )
-    return PreTrainedTokenizerFast(
+    wrap: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = wrap(
         tokenizer_object=tokenizer,
         bos_token="</s>",
         eos_token="</s>",
@@ -50,10 +52,13 @@ def train_tokenizer(seed: int, examples_per_task: int = 1500) -> PreTrainedToken
         pad_token="<pad>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=POSITIONS,
     )
+    return wrapped
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `tokenizer.json` and its config."""
-    tokenizer.save_pretrained(folder)
+def word_numbers(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """For each token id a number that it shares with the same text with or without a leading space."""
+    numbers: dict[str, int] = {}
+    texts = [tokenizer.convert_ids_to_tokens(token).removeprefix("\u0120") for token in range(len(tokenizer))]
+    return [numbers.setdefault(text, len(numbers)) for text in texts]

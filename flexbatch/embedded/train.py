@@ -20,7 +20,7 @@ from flexbatch.embedded.architecture import Plan, build_model
 from flexbatch.embedded.batches import Batch, batches, encode, pad
 from flexbatch.embedded.score import scores
 from flexbatch.embedded.tasks import EVALUATED, TASKS, Task, evaluation_examples
-from flexbatch.embedded.tokenizer import train_tokenizer
+from flexbatch.embedded.tokenizer import train_tokenizer, word_numbers
 
 
 def gradients(model: OPTForCausalLM, batch: Batch, total: float) -> tuple[float, tuple[torch.Tensor, ...]]:
@@ -100,7 +100,7 @@ def train(
     """
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
-    model = build_model(plan, len(tokenizer))
+    model = build_model(plan, word_numbers(tokenizer))
     parameters = list(model.parameters())
     engines = optimizers(model, plan)
     groups = [group for engine in engines for group in engine.param_groups]
@@ -132,7 +132,7 @@ def train(
                 model.save_pretrained(output)
                 if state:
                     save_state(state, step + 1, model, engines, generator)
-    return model.eval()
+    return model
 
 
 def main() -> None:
