@@ -74,10 +74,14 @@ def unquoted(text: str) -> str:
     return text
 
 
-def flow(name: str, text: str) -> Any:
-    """A value in YAML's flow form; `{a:1}` without the space is what people type, and is a mapping too."""
+def flow(name: str, text: str, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
+    """A value in YAML's flow form; `{a:1}` without the space is what people type, and is a mapping too.
+
+    With `yaml.BaseLoader` every scalar is a text: `no` is not false, `1.0` keeps its zero.
+    """
+    spaced = re.sub(r"([{,]\s*[\w-]+):(?=\S)", r"\1: ", text) if text.startswith("{") else text
     try:
-        return yaml.safe_load(re.sub(r"([{,]\s*[\w-]+):(?=\S)", r"\1: ", text) if text.startswith("{") else text)
+        return yaml.load(spaced, Loader=loader)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{name}: {text!r} cannot be read: {getattr(error, 'problem', error)}.",
@@ -103,7 +107,8 @@ def boolean(name: str, text: str) -> bool:
 def list_of(name: str, text: str, item: type[Any]) -> list[Any]:
     if item in (int, float):
         return [number(name, str(entry), item) for entry in flow(name, text if text.startswith("[") else f"[{text}]")]
-    values = flow(name, text) if text.startswith("[") else [unquoted(text)] if text else []
+    loader = yaml.BaseLoader if item is str else yaml.SafeLoader
+    values = flow(name, text, loader) if text.startswith("[") else [unquoted(text)] if text else []
     return [entry if isinstance(entry, str) else str(entry) for entry in values] if item is str else list(values)
 
 

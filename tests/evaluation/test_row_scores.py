@@ -179,3 +179,8 @@ def test_nothing_to_score_is_no_scorer() -> None:
 def test_the_bundled_extract_job_has_a_gold_value_for_every_field() -> None:
     job = load_config(["job=extract", "model=opt-125m"]).job
     assert set(read_target(job).fields) == set(job.gold)
+
+
+def test_choices_given_on_the_command_line_are_texts() -> None:
+    job = load_config(["job=extract", "model=opt-125m", "job.choices=[yes, no, 1.0, null]"]).job
+    assert read_target(job).choices == ("yes", "no", "1.0", "null")
