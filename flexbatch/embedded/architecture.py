@@ -18,7 +18,7 @@ class Plan:
     """The training run. `tokens_per_step` counts padded tokens; rates are the peaks of the schedule."""
 
     seed: int = 0
-    steps: int = 1400
+    steps: int = 2600
     tokens_per_step: int = 2048
     hidden_size: int = 128
     layers: int = 4
@@ -28,6 +28,7 @@ class Plan:
     warmup: int = 20
     first_steps: int = 50
     short_steps: int = 150
+    late_step: int = 1400
     decay_steps: int = 600
     text_weight: float = 0.1
     text_share: float = 0.15

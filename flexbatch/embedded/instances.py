@@ -52,7 +52,8 @@ Generator = Callable[[Random], Instance]
 
 def held_out(instance: Instance) -> bool:
     """Whether an instance belongs to evaluation, by a hash of its text: the same on every machine and in every run."""
-    return zlib.crc32(instance.input.encode()) % HELD_OUT_SHARE == 0
+    options = instance.references if len(instance.references) > 1 else ()
+    return zlib.crc32("\n".join([instance.input, *options]).encode()) % HELD_OUT_SHARE == 0
 
 
 def draw(generator: Generator, rng: Random, *, evaluation: bool) -> Instance:
@@ -138,9 +139,28 @@ _RELATIONS = (
 )
 
 
+_KINDS = {"animal": ANIMALS, "fruit": FRUITS, "thing": THINGS, "colour": COLOURS, "city": CITIES, "room": ROOMS}
+
+
+def marked_choice(rng: Random) -> Instance:
+    """Four words of one kind, one of them marked: which? The first step towards the other choices."""
+    options = rng.sample(rng.choice(list(_KINDS.values())), 4)
+    correct = rng.randrange(4)
+    options[correct] += " yes"
+    return Instance("Which option says yes?", tuple(options), correct)
+
+
+def kind_choice(rng: Random) -> Instance:
+    """Four words of four kinds: which is of the kind that is asked for?"""
+    kinds = rng.sample(list(_KINDS), 4)
+    correct = rng.randrange(4)
+    options = tuple(rng.choice(_KINDS[kind]) for kind in kinds)
+    return Instance(f"Which option is a {kinds[correct]}?", options, correct)
+
+
 def word_choice(rng: Random) -> Instance:
     """A word and four options: which of them is it?"""
-    options = rng.sample(rng.choice((ANIMALS, FRUITS, THINGS, COLOURS, CITIES)), 4)
+    options = rng.sample(rng.choice(list(_KINDS.values())), 4)
     correct = rng.randrange(4)
     return Instance(f"Which option is {options[correct]}?", tuple(options), correct)
 

@@ -34,8 +34,17 @@ class Task:
     shots: int = 9
     weight: float = 1.0
     first_weight: float = 0.0
+    late_weight: float = 0.0
     end: str = "\n"
     answer_weight: float = 1.0
+
+    def weight_at(self, step: int, first_steps: int, late_step: int) -> float:
+        """The share of training prompts at a step."""
+        return (
+            self.weight
+            + (self.first_weight if step < first_steps else 0.0)
+            + (self.late_weight if step >= late_step else 0.0)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +94,6 @@ TASKS = {
             answer_weight=3.0,
         ),
         Task(
-            "word_choice",
-            instances.word_choice,
-            "The following are multiple choice questions (with answers) about words.\n",
-            "Question: ",
-            "Answer: ",
-            choices=True,
-            weight=1.5,
-            answer_weight=3.0,
-        ),
-        Task(
             "field_extraction",
             instances.field_extraction,
             "Give the value of the field.\n",
@@ -115,6 +114,39 @@ TASKS = {
         ),
         Task("summary", instances.summary, "", "Article: ", "Summary: ", shots=1, weight=0.5, end=""),
         Task("story", instances.story, "", "", "", input_suffix=" ", shots=0, weight=0.25, end="", answer_weight=0.1),
+        Task(
+            "word_choice",
+            instances.word_choice,
+            "The following are multiple choice questions (with answers) about words.\n",
+            "Question: ",
+            "Answer: ",
+            choices=True,
+            weight=0.0,
+            late_weight=3.0,
+            answer_weight=3.0,
+        ),
+        Task(
+            "kind_choice",
+            instances.kind_choice,
+            "The following are multiple choice questions (with answers) about words.\n",
+            "Question: ",
+            "Answer: ",
+            choices=True,
+            weight=0.0,
+            late_weight=4.0,
+            answer_weight=3.0,
+        ),
+        Task(
+            "marked_choice",
+            instances.marked_choice,
+            "The following are multiple choice questions (with answers) about words.\n",
+            "Question: ",
+            "Answer: ",
+            choices=True,
+            weight=0.0,
+            late_weight=2.0,
+            answer_weight=3.0,
+        ),
     )
 }
 

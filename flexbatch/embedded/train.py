@@ -44,8 +44,9 @@ def optimizers(model: OPTForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]
 
 
 def schedule(plan: Plan, step: int) -> float:
-    """Warm-up, then constant, then linear decay to zero over the last steps."""
-    return min(1.0, (step + 1) / plan.warmup, (plan.steps - step) / plan.decay_steps)
+    """Warm-up, then constant, then linear decay to zero: once before `late_step` and once after it."""
+    start, end = (0, plan.late_step) if step < plan.late_step else (plan.late_step, plan.steps)
+    return min(1.0, (step - start + 1) / plan.warmup, (end - step) / plan.decay_steps)
 
 
 @torch.inference_mode()
