@@ -26,7 +26,7 @@ def evaluate(model: Any, folder: Path, tasks: list[str], **options: Any) -> Any:
     return lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
 
 
-def compare(model: Path, folder: Path, tasks: list[str]) -> Any:
+def compare(model: Path, folder: Path, tasks: list[str]) -> None:
     """Runs both backends and holds every answer and every score of ours to those of `hf`."""
     from lm_eval.models.huggingface import HFLM
 
@@ -42,7 +42,6 @@ def compare(model: Path, folder: Path, tasks: list[str]) -> Any:
         for name, value in expected.items():
             exact = name.startswith(("acc", "exact_match")) or not isinstance(value, float)
             assert scores[name] == (value if exact else pytest.approx(value, rel=TOLERANCE)), (task, name)
-    return ours
 
 
 def assert_alike(left: Any, right: Any) -> None:
@@ -65,8 +64,7 @@ def test_every_kind_of_task_gets_the_answers_of_the_hf_backend(tiny_model: Path,
 @pytest.mark.realdata
 def test_a_trained_model_gets_the_answers_of_the_hf_backend(realdata: Path, tmp_path: Path) -> None:
     """stories260k, whose tokenizer puts a token before every text."""
-    results = compare(realdata / "stories260k", tmp_path, write_tasks(tmp_path, long_text=12))["results"]
-    assert results["local_choices"]["acc,none"] > 0.5
+    compare(realdata / "stories260k", tmp_path, write_tasks(tmp_path, long_text=12))
 
 
 @pytest.mark.realdata
