@@ -8,12 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flexbatch.report.progress import duration_text
+
+PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +94,19 @@ def _from_here(path: Path) -> str:
 
 def print_table(table: Table) -> None:
     """To standard error, beside the progress."""
-    Console(file=sys.stderr, highlight=False).print(table)
+    _console(sys.stderr).print(table)
 
 
 def print_summary(lines: Sequence[ScoreLine], closing: Sequence[str]) -> None:
     """To standard output."""
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    console = _console(sys.stdout)
     if lines:
         console.print(scores_table(lines))
         console.print()
     for line in closing:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
+
+
+def _console(stream: TextIO) -> Console:
+    """In a file or a pipe nothing is cut to the width of a terminal that is not there."""
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
