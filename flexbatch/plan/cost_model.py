@@ -18,6 +18,7 @@ from flexbatch.plan.memory_need import (
     number_bytes,
     peak_bytes,
     streamable_bytes,
+    weight_form,
 )
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Policy, Tier
@@ -123,7 +124,10 @@ def prefill_terms(
     own = load.joining * workload.own_tokens
     tokens = own + load.groups * workload.shared_tokens
     flops = tokens * spec.linear_flops_per_token
-    yield _compute("prefill matrices", flops, hardware.gemm_rate(kind, min(tokens, MICRO_BATCH_TOKENS)))
+    yield _compute(
+        "prefill matrices", flops, hardware.gemm_rate(kind, min(tokens, MICRO_BATCH_TOKENS), spec.hidden_size)
+    )
+    yield activation_term("prefill activations", spec, hardware, tokens)
     length = workload.own_squares / workload.own_tokens
     attention = spec.attention_flops(own, length + workload.shared_tokens)
     attention += load.groups * spec.attention_flops(workload.shared_tokens, workload.shared_tokens)
@@ -139,7 +143,8 @@ def decode_terms(
         return
     kind = gemm_format(spec, policy)
     flops = load.decoding * spec.linear_flops_per_token
-    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, load.decoding))
+    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, load.decoding, spec.hidden_size))
+    yield activation_term("decode activations", spec, hardware, load.decoding)
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
     positions = workload.own_tokens + workload.new_tokens
     nbytes = attended_bytes(spec, positions) * load.decoding
@@ -171,10 +176,11 @@ def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> 
         yield Term("weights to device", Resource.HOST_TO_DEVICE, streamed / hardware.host_to_device, streamed, "bytes")
     elif from_host:
         yield Term("weights copied", Resource.COMPUTE, from_host / hardware.memory_copy, from_host, "bytes")
-    if policy.weight_bits < 16:
+    form = weight_form(policy)
+    if form in (8, 4):
         numbers = spec.packed_numbers
         yield Term("dequantise", Resource.COMPUTE, numbers / hardware.dequantize_numbers, numbers, "numbers")
-    elif spec.stored_dtype != spec.compute_dtype and streamed:
+    elif form == 16 and spec.stored_dtype != spec.compute_dtype and streamed:
         yield Term("convert weights", Resource.COMPUTE, streamed / hardware.memory_copy, streamed, "bytes")
 
 
@@ -230,7 +236,13 @@ def gemm_format(spec: ModelSpec, policy: Policy) -> str:
 
 
 def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: float) -> float:
-    return hardware.gemm_rate(spec.compute_dtype, rows)
+    return hardware.gemm_rate(spec.compute_dtype, rows, spec.hidden_size)
+
+
+def activation_term(what: str, spec: ModelSpec, hardware: HardwareProfile, tokens: float) -> Term:
+    """What lies between the matrix products, by the numbers that a token's way through all layers touches."""
+    numbers = tokens * spec.activation_numbers
+    return Term(what, Resource.COMPUTE, numbers / hardware.activation_numbers, numbers, "numbers")
 
 
 def attended_bytes(spec: ModelSpec, positions: float) -> float:

@@ -14,7 +14,7 @@ from flexbatch.config import parse_bytes
 from flexbatch.errors import ConfigError
 
 Curve = tuple[tuple[int, float], ...]
-"""Pairs (rows, FLOP/s), by rising rows."""
+"""Pairs (rows, FLOP/s) or (hidden size, part of the full rate), by rising first."""
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("cpu", "cuda", "mps")
@@ -27,7 +27,9 @@ class HardwareProfile:
     `device_memory`, `host_memory` and `disk_space` are what is really free. On a machine without an accelerator the
     device is main memory, `host_memory` is 0 and the two link rates do not matter.
 
-    `gemm` maps a number format to its rate in FLOP/s against the rows of the product, weights cold.
+    `gemm` maps a number format to its rate in FLOP/s against the rows of the product, weights cold and 4096 wide;
+    `gemm_width` says what part of it is left at other hidden sizes. `activation_numbers` per second pass through what
+    lies between the products (norms, residuals, activation functions, copies).
     `attention_flops` is the prefill attention's rate in FLOP/s, `attention_bytes` the KV bytes per second that decode
     attention reads on the device, `host_attention_bytes` the same by the CPU in main memory. `dequantize_numbers` are
     packed numbers expanded per second. `read_cpu_seconds` is processor time for one byte read from disk, which a CPU
@@ -42,6 +44,8 @@ class HardwareProfile:
     host_memory: int
     disk_space: int
     gemm: Mapping[str, Curve]
+    gemm_width: Curve
+    activation_numbers: float
     attention_flops: float
     attention_bytes: float
     host_attention_bytes: float
@@ -56,21 +60,27 @@ class HardwareProfile:
     pass_seconds: float
     process_bytes: int
 
-    def gemm_rate(self, kind: str, rows: float) -> float:
-        """FLOP/s of a linear layer with this many rows, between the measured points by logarithm."""
+    def gemm_rate(self, kind: str, rows: float, width: int = 4096) -> float:
+        """FLOP/s of a linear layer of this hidden size with this many rows."""
         curve = self.gemm[kind]
-        if rows <= curve[0][0]:
-            return curve[0][1] * max(rows, 1e-9) / curve[0][0]
-        if rows >= curve[-1][0]:
-            return curve[-1][1]
-        high = bisect_left(curve, (rows, 0.0))
-        (low_rows, low_rate), (high_rows, high_rate) = curve[high - 1], curve[high]
-        place = math.log(rows / low_rows) / math.log(high_rows / low_rows)
-        return float(low_rate * (high_rate / low_rate) ** place)
+        few = min(1.0, max(rows, 1e-9) / curve[0][0])
+        return few * _between(curve, rows) * _between(self.gemm_width, width)
 
     @property
     def has_accelerator(self) -> bool:
         return self.device != "cpu"
+
+
+def _between(curve: Curve, place: float) -> float:
+    """The curve's value, between its points by logarithm, beyond them as at its ends."""
+    if place <= curve[0][0]:
+        return curve[0][1]
+    if place >= curve[-1][0]:
+        return curve[-1][1]
+    high = bisect_left(curve, (place, 0.0))
+    (low_place, low_value), (high_place, high_value) = curve[high - 1], curve[high]
+    part = math.log(place / low_place) / math.log(high_place / low_place)
+    return float(low_value * (high_value / low_value) ** part)
 
 
 _BYTES = ("device_memory", "host_memory", "disk_space", "process_bytes")
@@ -93,6 +103,8 @@ def profile_from_mapping(figures: Mapping[str, Any], *, where: str) -> HardwareP
     for field in fields[2:]:
         if field == "gemm":
             values[field] = _curves(figures[field], where)
+        elif field == "gemm_width":
+            values[field] = _curve(figures[field], where, field)
         elif field in _BYTES:
             values[field] = int(_number(_size(figures[field], where, field), where, field))
         else:
@@ -108,6 +120,7 @@ def profile_from_mapping(figures: Mapping[str, Any], *, where: str) -> HardwareP
 def profile_to_mapping(profile: HardwareProfile) -> dict[str, Any]:
     """The mapping that `profile_from_mapping` reads back, of plain numbers and texts."""
     figures = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
+    figures["gemm_width"] = {str(width): part for width, part in profile.gemm_width}
     figures["gemm"] = {kind: {str(rows): rate for rows, rate in curve} for kind, curve in profile.gemm.items()}
     return figures
 
@@ -134,15 +147,17 @@ def _curves(value: Any, where: str) -> dict[str, Curve]:
     for kind, points in value.items():
         if kind not in FORMATS:
             raise _wrong(where, f"gemm.{kind}", f"is not a number format; use {', '.join(FORMATS)}")
-        if not isinstance(points, Mapping) or not points:
-            raise _wrong(where, f"gemm.{kind}", f"is {points!r}; it must map rows to FLOP/s")
-        curves[str(kind)] = tuple(
-            sorted(
-                (int(_number(rows, where, f"gemm.{kind}")), _number(rate, where, f"gemm.{kind}.{rows}"))
-                for rows, rate in points.items()
-            )
-        )
+        curves[str(kind)] = _curve(points, where, f"gemm.{kind}")
     return curves
+
+
+def _curve(points: Any, where: str, key: str) -> Curve:
+    if not isinstance(points, Mapping) or not points:
+        raise _wrong(where, key, f"is {points!r}; it must map whole numbers to rates")
+    pairs = (
+        (int(_number(place, where, key)), _number(rate, where, f"{key}.{place}")) for place, rate in points.items()
+    )
+    return tuple(sorted(pairs))
 
 
 def _wrong(where: str, key: str, what: str) -> ConfigError:

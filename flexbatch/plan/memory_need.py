@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.model_spec import INTEGERS, ModelSpec
 from flexbatch.plan.placement import place_bytes, place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, joining_limit, span
@@ -31,14 +31,19 @@ def number_bytes(spec: ModelSpec) -> int:
     return 4 if spec.compute_dtype == "float32" else 2
 
 
+def weight_form(policy: Policy) -> int:
+    """The bits that weights are kept and moved in."""
+    return INTEGERS if policy.compute == "int8" else policy.weight_bits
+
+
 def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Bytes that the shares of `policy.weights` cut up: layers, embeddings and head, as stored."""
-    return sum(map(sum, spec.stop_bytes(policy.weight_bits)))
+    return sum(map(sum, spec.stop_bytes(weight_form(policy))))
 
 
 def largest_stop_bytes(spec: ModelSpec, policy: Policy) -> int:
     """The most that is needed at one moment: a layer, an embedding or the head."""
-    return max(map(sum, spec.stop_bytes(policy.weight_bits)))
+    return max(map(sum, spec.stop_bytes(weight_form(policy))))
 
 
 @lru_cache(maxsize=256)
@@ -104,7 +109,7 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
 
 
 def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
-    device, host, streamed = _held_weights(spec.stop_bytes(policy.weight_bits), policy.weights)
+    device, host, streamed = _held_weights(spec.stop_bytes(weight_form(policy)), policy.weights)
     # Room for the two largest units, or what the policy allows, but one unit at the least.
     stream = max(policy.prefetch_bytes, streamed) if policy.prefetch_bytes and streamed else 2 * streamed
     return [
@@ -118,7 +123,8 @@ def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
 
 def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
     """A layer in the compute type, where it is stored in another."""
-    if policy.weight_bits == 16 and spec.stored_dtype == spec.compute_dtype:
+    form = weight_form(policy)
+    if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
         return 0
     return spec.largest_layer_parameters * number_bytes(spec)
 

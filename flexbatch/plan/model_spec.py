@@ -19,8 +19,12 @@ from flexbatch.errors import ModelError
 QUANTIZATION_GROUP = 32
 GROUP_BYTES = 4
 
-# The KV cache is quantised in groups of 64 numbers, again with a scale and a minimum of two bytes.
-KV_GROUP = 64
+# "Bits" of weights for 8-bit arithmetic: a byte each and a float32 scale for every row of some thousand of them.
+INTEGERS = 0
+INTEGER_ROW = 1024
+
+# The KV cache is quantised in groups of 32 numbers, again with a scale and a minimum of two bytes.
+KV_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +112,11 @@ class ModelSpec:
         return sum(layer.kv_size for layer in self.layers)
 
     def tensor_bytes(self, numbers: int, is_matrix: bool, bits: int) -> int:
-        """Stored bytes of a layer's tensor: a matrix packed to `bits`, anything else as stored."""
+        """Bytes of a layer's tensor: a matrix packed to `bits` (16: as stored), anything else as stored."""
         if bits == 16 or not is_matrix:
             return numbers * self.dtype_bytes
+        if bits == INTEGERS:
+            return numbers + 4 * -(-numbers // INTEGER_ROW)
         return packed_bytes(numbers, bits, QUANTIZATION_GROUP)
 
     def layer_bytes(self, layer: LayerSpec, bits: int) -> int:
@@ -152,6 +158,11 @@ class ModelSpec:
         """Two for each parameter that multiplies a token, head excluded."""
         return 2 * sum(layer.active_parameters for layer in self.layers)
 
+    @property
+    def activation_numbers(self) -> int:
+        """Numbers that one token's way through all layers reads and writes between the matrix products."""
+        return len(self.layers) * layer_activations(self.hidden_size, self.intermediate_size)
+
     @cached_property
     def largest_layer_parameters(self) -> int:
         return max(layer.parameters for layer in self.layers)
@@ -176,6 +187,11 @@ class ModelSpec:
     def attention_flops(self, queries: float, keys: float) -> float:
         """FLOPs of scores and weighted sum for `queries` tokens that see `keys` positions, over all layers."""
         return 4.0 * queries * self.attended_numbers(keys)
+
+
+def layer_activations(hidden_size: int, intermediate_size: int) -> int:
+    """Numbers touched in one layer: two norms, two residuals, the heads' copies; the activation function."""
+    return 12 * hidden_size + 2 * intermediate_size
 
 
 def packed_bytes(numbers: int, bits: int, group: int) -> int:

@@ -14,7 +14,7 @@ from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction, Resource
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, gibibytes
-from flexbatch.plan.memory_need import kv_units
+from flexbatch.plan.memory_need import kv_units, weight_form
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Shares, Tier
 from flexbatch.plan.workload import Workload
@@ -49,7 +49,7 @@ def plan_lines(plan: Plan, advice: Sequence[Advice] = ()) -> list[str]:
     """The plan in five lines."""
     spec, made = plan.spec, plan.prediction
     policy = made.policy
-    weights, kv = gibibytes(spec.weight_bytes(policy.weight_bits)), gibibytes(spec.kv_bytes_per_token(policy.kv_bits))
+    weights, kv = gibibytes(spec.weight_bytes(weight_form(policy))), gibibytes(spec.kv_bytes_per_token(policy.kv_bits))
     bits = "" if policy.weight_bits == 16 else f" in {policy.weight_bits} bits"
     return [
         f"Model    {spec.name}: {spec.parameters / 1e9:.3g}B parameters, {weights}{bits}; KV cache {kv} per token",
@@ -91,7 +91,7 @@ def placement_table(plan: Plan) -> Table:
     """Bytes of each kind of tensor on each tier."""
     policy, spec = plan.prediction.policy, plan.spec
     table = _table("What lives where", "tensors", *(tier.value for tier in Tier))
-    weights = spec.weight_bytes(policy.weight_bits)
+    weights = spec.weight_bytes(weight_form(policy))
     table.add_row(f"weights ({policy.weight_bits} bits)", *_shares_of(policy.weights, weights))
     units = kv_units(spec, policy)
     kv = sum(item.nbytes for item in plan.prediction.needs if item.what == "KV cache")
