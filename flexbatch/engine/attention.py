@@ -92,6 +92,8 @@ def merging_attention(
     """`query` `[rows, heads, tokens, head_dim]`, `key` and `value` `[rows, kv_heads, columns, head_dim]`; returns
     `[rows, tokens, heads, head_dim]`. Where the keys carry nothing this is Transformers' own SDPA function."""
     carried: Carried | None = getattr(key, "carried", None)
+    if carried is None and is_slow_alone(query):
+        carried = Carried((), ())
     if carried is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
@@ -115,9 +117,21 @@ def attend_own(
     place, groups = part.keys.device, query.shape[1] // part.keys.shape[1]
     own = query[part.rows].to(place)
     own_mask = None if mask is None else mask[part.rows].to(place)
-    keys, values = repeat_kv(part.keys, groups), repeat_kv(part.values, groups)
-    output, weight = attend(own, keys, values, own_mask, scale)
+    if query.shape[2] == 1:
+        # The heads of a group are as many queries to the same keys: those need not be repeated.
+        rows, heads, _, size = own.shape
+        output, weight = attend(
+            own.reshape(rows, -1, groups, size), part.keys, part.values, own_mask, scale, causal=False
+        )
+        output, weight = output.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
+    else:
+        output, weight = attend(own, repeat_kv(part.keys, groups), repeat_kv(part.values, groups), own_mask, scale)
     return output.to(query.device), weight.to(query.device)
+
+
+def is_slow_alone(query: torch.Tensor) -> bool:
+    """Whether torch's own function is slow for it: one query in half precision on a CPU (docs/benchmarks.md)."""
+    return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
 
 
 def merge(
@@ -159,6 +173,10 @@ def attend(
             ~mask, torch.finfo(query.dtype).min
         )
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        if is_slow_alone(query):
+            # From two queries on the kernel multiplies matrices: twice the work, less than half the time.
+            twice = attend(query.expand(-1, -1, 2, -1), key, value, mask, scale, causal=False)
+            return twice[0][:, :, :1], twice[1][:, :, :1]
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )

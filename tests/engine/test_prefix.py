@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flexbatch.engine.attention import attend, attend_prefix, merge
+from flexbatch.engine.attention import attend, attend_prefix, merge, merging_attention
 from flexbatch.plan.policy import Policy, Shares
 from flexbatch.records import Request, Sampling
 from tests.engine.families import FAMILIES, prompts, reference, saved
@@ -82,3 +83,17 @@ def test_merging_by_log_sum_exp_is_attention_over_both_parts() -> None:
     first = attend(query, own[0].repeat_interleave(2, 1), own[1].repeat_interleave(2, 1), None, scale)
     second = attend_prefix(query, shared[0], shared[1], scale)
     torch.testing.assert_close(merge(*first, *second), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_query_attends_as_transformers_lets_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, heads, kv_heads, columns, size = 3, 8, 2, 40, 16
+    query = torch.randn(rows, heads, 1, size).to(dtype)
+    keys, values = (torch.randn(rows, kv_heads, columns, size).to(dtype) for _ in range(2))
+    seen = torch.rand(rows, 1, 1, columns) > 0.3
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
+    got, _ = merging_attention(module, query, keys, values, seen, scaling=size**-0.5)
+    want, _ = sdpa_attention_forward(module, query.float(), keys.float(), values.float(), seen, scaling=size**-0.5)
+    torch.testing.assert_close(got.float(), want, rtol=0, atol=1e-5 if dtype is torch.float32 else 2e-2)
