@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexbatch.config import JobConfig
-from flexbatch.evaluation import Limits, build_evaluation
+from flexbatch.evaluation import Evaluation, Limits, build_evaluation
 from flexbatch.records import Prompt
 from tests.evaluation.space_tokenizer import SpaceTokenizer
 
@@ -50,13 +51,19 @@ def scenario(name: str) -> dict[str, Any]:
 
 
 @cache
+def built(name: str) -> Evaluation:
+    options = scenario(name)
+    options["adapter"] = {**options["adapter"], "max_eval_instances": 100}
+    return build_evaluation(JobConfig(kind="helm_eval", trials=3, scenarios={name: options}))
+
+
+@cache
 def prompts(case: str) -> list[Prompt]:
     name, limit = case.split("/")
-    options = scenario(name)
-    room = int(limit) - options["adapter"]["max_tokens"]
-    options |= {"prompt_tokens": room, "adapter": {**options["adapter"], "max_eval_instances": 100}}
-    evaluation = build_evaluation(JobConfig(kind="helm_eval", trials=3, scenarios={name: options}))
-    return list(evaluation.prompts(SpaceTokenizer(), Limits()))
+    evaluation = built(name)
+    [ready] = evaluation.scenarios
+    fitting = replace(evaluation, scenarios=(replace(ready, prompt_tokens=int(limit) - ready.spec.max_tokens),))
+    return list(fitting.prompts(SpaceTokenizer(), Limits()))
 
 
 @pytest.mark.parametrize("case", RECORDED)
@@ -146,13 +153,9 @@ def test_seeds_depend_on_the_jobs_seed_and_the_row_alone() -> None:
     assert not set(seeds(1)) & set(seeds(2))
 
 
-def test_the_number_of_prompts_is_known_before_any_is_made() -> None:
-    for case in ("multiple_choice_separate_calibrated/2048", "joint/60", "synthetic_reasoning_induction/150"):
-        name = case.split("/", maxsplit=1)[0]
-        options = scenario(name)
-        options["adapter"] = {**options["adapter"], "max_eval_instances": 9}
-        evaluation = build_evaluation(JobConfig(trials=2, scenarios={name: options}))
-        assert evaluation.count() == len(list(evaluation.prompts(SpaceTokenizer(), Limits())))
+@pytest.mark.parametrize("case", RECORDED)
+def test_the_number_of_prompts_is_known_before_any_is_made(case: str) -> None:
+    assert built(case.split("/", maxsplit=1)[0]).count() == len(prompts(case))
 
 
 def test_the_digest_changes_with_data_and_settings_and_with_nothing_else() -> None:
