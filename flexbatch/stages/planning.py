@@ -20,6 +20,7 @@ from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.workload import Workload
 from flexbatch.report.frontier import write_frontier
 from flexbatch.report.plan_text import Plan
+from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
 from flexbatch.stages.work import Scan, Work
 
@@ -44,7 +45,8 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Pla
     spec = model_spec(model)
     hardware = describe_hardware(config, model, spec, measure=measure)
     if config.hardware.profile and config.model.dtype == "auto":
-        spec = replace(spec, compute_dtype=usual_dtype(spec, hardware))
+        usual = usual_dtype(spec, hardware)
+        spec = replace(spec, compute_dtype=usual, stored_dtype=spec.stored_dtype if model.found.index else usual)
     workload = describe_workload(work, work.scan)
     _, prediction = choose_policy(spec, hardware, workload, config.offload)
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
@@ -71,8 +73,8 @@ def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure:
     """The machine that `hardware=` names, or this one."""
     if config.hardware.profile:
         return profile_from_mapping(config.hardware.profile, where=f"hardware={config.hardware.name}")
-    cache = Path(config.model.cache_dir).expanduser()
-    disk = Path(config.offload.disk_dir).expanduser() if config.offload.disk_dir else cache
+    cache = working_folder(config.model.cache_dir, "model.cache_dir")
+    disk = working_folder(config.offload.disk_dir, "offload.disk_dir") if config.offload.disk_dir else cache
     if model.device.type == "cpu" and not measure:
         familiar = familiar_hardware(model.device, disk, cache, _typical_rates())
         if spec.weight_bytes(16) < SMALL_MODEL * familiar.device_memory:
