@@ -8,14 +8,15 @@ from flexbatch.config import Config
 from flexbatch.engine.engine import Engine, Vocabulary
 from flexbatch.engine.opening import EngineOptions, Limits, open_engine
 from flexbatch.report.plan_text import Plan
+from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
 from flexbatch.stages.work import Work
 
 
 def open_for(config: Config, model: Model, work: Work, plan: Plan, scratch: Path) -> Engine:
     """Loads what is resident and starts the stream of the rest. `scratch` takes what goes to disk."""
-    disk_folder = Path(config.offload.disk_dir).expanduser() if config.offload.disk_dir else scratch
-    disk_folder.mkdir(parents=True, exist_ok=True)
+    named = config.offload.disk_dir
+    disk_folder = working_folder(named, "offload.disk_dir") if named else working_folder(str(scratch), "output.dir")
     limits, scan = plan.limits, work.scan
     longest = max(scan.lengths, default=1) if scan.complete else work.longest_prompt
     return open_engine(
