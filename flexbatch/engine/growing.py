@@ -57,7 +57,8 @@ class GrowingRow:
     def arena_length(self) -> int:
         """Tokens whose keys and values are in the arena: all but the last one, which the next pass feeds, and but
         those of a prefix that is kept apart."""
-        return len(self.all_tokens) - 1 - (len(self.kept_apart) if self.kept_apart else 0)
+        cached = len(self.request.prompt_ids) + len(self.tokens) - 1
+        return cached - (len(self.kept_apart) if self.kept_apart else 0)
 
     def add(self, token: int, logprob: float | None) -> None:
         self.tokens.append(token)
