@@ -84,6 +84,7 @@ class ModelConfig:
     weights: str = option(
         "checkpoint", "checkpoint, or dummy: random weights at the true shapes", one_of=("checkpoint", "dummy")
     )
+    allow_dummy_scores: bool = option(False, "score what dummy weights say, to try a scored job; it means nothing")
     config: dict[str, Any] = option(
         {}, "a Transformers config in place (with model_type), for dummy weights without a folder"
     )

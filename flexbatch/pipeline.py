@@ -47,11 +47,12 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
         if work.total is not None:
             ledger.set_total(work.total)
         if work.total is None or ledger.rows_written < work.total:
-            announce(work, plan)
+            announce(model, work, plan)
             _generate(config, model, work, plan, ledger, writer, stop)
         summary = summarize_run(folder, work, model, time.monotonic() - started)
     write_report(folder)
-    print_summary(summary.score_lines(), closing_lines(summary.outcome, invocation(), overrides))
+    closing = closing_lines(summary.outcome, invocation(), overrides)
+    print_summary(summary.score_lines(), [*closing, *model.warnings])
     return summary
 
 
@@ -66,9 +67,9 @@ def plan(config: Config) -> Plan:
     return made
 
 
-def announce(work: Work, plan: Plan) -> None:
+def announce(model: Model, work: Work, plan: Plan) -> None:
     """The plan in five lines, and what the user should know beforehand, on standard error."""
-    for line in (*plan_lines(plan), *work.notes):
+    for line in (*plan_lines(plan), *work.notes, *model.warnings):
         print(line, file=sys.stderr)
 
 

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from flexbatch.errors import ConfigError
 from flexbatch.integrations.session import Session, digest
 from flexbatch.records import Completion, Request, Sampling
+from flexbatch.stages.model import refuse_dummy_scores
 
 DEFAULT_LENGTH = 2048  # lm-eval's, for models that state none
 DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that state none
@@ -75,6 +76,7 @@ class FlexbatchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         named = {"offload.device": device, "model.dtype": dtype, "model.revision": revision}
         given = {**{name: value for name, value in named.items() if value}, **options}
         self._session = Session.open(pretrained, *(f"{name}={_written(value)}" for name, value in given.items()))
+        refuse_dummy_scores(self._session.config)
         self._folder = Path(output_dir) if output_dir else None
         self._max_length, self._add_bos_token, self._prefix_token_id = max_length, add_bos_token, prefix_token_id
         self._seed = seed

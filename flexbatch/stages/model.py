@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from flexbatch.checkpoint.dummy import dummy_index
 from flexbatch.checkpoint.resolve import ModelFolder, resolve_model
 from flexbatch.composition import bundled
-from flexbatch.config import Config
+from flexbatch.config import Config, JobConfig
 from flexbatch.engine.opening import Checkpoint, compute_dtype
 from flexbatch.errors import ConfigError, ModelError
 from flexbatch.memory.safetensors_header import TensorEntry
 
 SAMPLE_BYTES = 1 << 14
 SAMPLES_PER_FILE = 16
+DUMMY_WARNING = "WARNING: the weights are dummies (model.weights=dummy): random numbers. What comes out means nothing."
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,14 @@ class Model:
     def config(self) -> PreTrainedConfig:
         return self.found.config
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What everyone who reads the results must know."""
+        return () if self.found.index else (DUMMY_WARNING,)
+
     def checkpoint(self, cache_dir: Path) -> Checkpoint:
         """Where the weights lie; dummy ones are made now if they are not there yet."""
-        index = self.found.index or dummy_index(self.config, self.dtype, cache_dir)
+        index = self.found.index or dummy_index(self.config, self.dtype, cache_dir, report=say)
         return Checkpoint(self.config, index.entries, str(self.found.folder or self.found.name))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -56,20 +63,45 @@ class Model:
 
 
 def find_model(config: Config) -> Model:
-    """The model that the configuration names. ModelError for anything wrong with it."""
-    found = resolve_model(config.model)
+    """The model that the configuration names. ModelError for anything wrong with it; ConfigError where dummy weights
+    would be scored."""
+    if is_scored(config.job):
+        refuse_dummy_scores(config)
+    found = resolve_model(config.model, report=say)
     return _described(config, found, found.require_tokenizer())
+
+
+def is_scored(job: JobConfig) -> bool:
+    """Whether the job ends with figures of how good the answers are."""
+    return job.kind == "helm_eval" or bool(
+        (job.kind == "extract" and job.gold) or (job.kind == "summarize" and job.reference)
+    )
+
+
+def refuse_dummy_scores(config: Config) -> None:
+    """ConfigError for a scored job whose weights are dummies, unless it is allowed to be."""
+    if config.model.weights == "dummy" and not config.model.allow_dummy_scores:
+        raise ConfigError(
+            "model.weights=dummy: the weights would be random numbers, and the scores of this job would mean nothing.",
+            remedy="Bring the model's weights (docs/models.md); or, to see how fast it runs, take job=generate; or "
+            "set model.allow_dummy_scores=true.",
+        )
+
+
+def say(line: str) -> None:
+    """What is done once and takes long (an import, dummy weights), on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def find_model_to_plan(config: Config) -> tuple[Model, tuple[str, ...]]:
     """As `find_model`, where neither weights nor tokenizer need be here; and what the plan then rests on."""
     notes = []
     try:
-        found = resolve_model(config.model)
+        found = resolve_model(config.model, report=say)
     except ModelError:
         if not config.model.config:
             raise
-        found = resolve_model(replace(config.model, weights="dummy"))
+        found = resolve_model(replace(config.model, weights="dummy"), report=say)
         notes.append(f"no weights of {config.model.name} are here; its shapes come from the configuration")
     tokenizer = found.tokenizer
     if tokenizer is None:

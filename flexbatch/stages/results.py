@@ -52,6 +52,7 @@ def summarize_run(folder: Path, work: Work, model: Model, seconds: float) -> Run
         "rows": results.rows,
         "generated_tokens": results.completion_tokens,
         "finish_reasons": dict(results.finish_reasons),
+        **({"warnings": list(model.warnings)} if model.warnings else {}),
         **(scores.metrics() if scores else {}),
     }
     write_file(folder / "metrics.json", json.dumps(metrics, indent=1).encode(), folder / "_tmp")
