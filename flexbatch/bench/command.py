@@ -72,7 +72,7 @@ class Session:
             scratch=str(scratch),
             cache_dir=str(config.model.cache_dir),
             limit=0 if bench.memory == "auto" else parse_bytes(bench.memory, key="bench.memory"),
-            options=dataclasses.asdict(config.offload),
+            options={"offload": dataclasses.asdict(config.offload), "hardware": dataclasses.asdict(config.hardware)},
         )
 
     def measure(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Session:
                 measured[engine].append(self._run(trial))
         engines = tuple(self._engine_runs(engine, runs, searches.get(engine)) for engine, runs in measured.items())
         comparison = Comparison(prompts, self._template.new_tokens, limits, engines, self._int8)
-        conditions = [*sorted(self._launcher.conditions), *([prompts.note] if prompts.note else [])]
+        conditions = [*sorted(self._launcher.conditions), *filter(None, (prompts.note, comparison.agreement()))]
         print_comparison(self._console, self._title(), comparison, conditions)
         return {
             "model": self._config.model.name,

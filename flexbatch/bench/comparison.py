@@ -61,6 +61,16 @@ class Comparison:
         arithmetic = arithmetic_seconds(self.limits, work, min(run.batch, run.rows), int8=self.int8 and own)
         return job_seconds(self.limits, arithmetic, run.read_bytes) / run.seconds, arithmetic / run.seconds
 
+    def agreement(self) -> str:
+        """Whether the engines that ran the same rows generated the same tokens, in words."""
+        ran = [engine.runs[0] for engine in self.engines if engine.runs and not engine.error]
+        whole = [run for run in ran if run.rows == len(self.prompts.token_ids)]
+        if len(whole) < 2:
+            return ""
+        if len({run.digest for run in whole}) == 1:
+            return f"{', '.join(run.engine for run in whole)} generated the same tokens"
+        return "the engines' tokens are not all the same (in half precision sums in another order decide near ties)"
+
     def record(self) -> list[dict[str, Any]]:
         """One entry for each engine, for the JSON line."""
         return [self._entry(engine) for engine in self.engines]

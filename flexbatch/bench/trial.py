@@ -17,7 +17,8 @@ class Trial:
 
     The engine runs the first `rows` prompts and generates exactly `new_tokens` tokens for each, greedily, `batch` rows
     at a time (0: it decides). `limit` bytes of main memory may be used (0: no limit). `dtype` is the type of the maths.
-    `scratch` is a folder for whatever the engine keeps on disk; `options` are the user's `offload.*` (flexbatch only).
+    `scratch` is a folder for whatever the engine keeps on disk; `options` are the user's groups `offload` and
+    `hardware`, for flexbatch itself.
     """
 
     engine: str

@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 from flexbatch.bench.trial import Outcome, Trial
 from flexbatch.checkpoint.architecture import expected_tensors
-from flexbatch.config import OffloadConfig
 from flexbatch.engine.calibration import measure_hardware, seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import EngineError
@@ -26,19 +25,24 @@ READ_LIMIT = 2 << 30
 COPY_BYTES = 256 << 20
 CPU = torch.device("cpu")
 
+PLANNED_FROM = 64 << 20
+"""Bytes of weights from which the plan asks for measured figures."""
+
 
 def run(trial: Trial) -> Outcome:
     """`details` are the fields of `roofline.MachineLimits`. The plan's own figures are measured too, if need be."""
-    measure_hardware(CPU, Path(trial.scratch), Path(trial.cache_dir))
+    files = sorted(Path(trial.model).glob("*.safetensors"))
+    if not trial.options["hardware"]["profile"] and sum(file.stat().st_size for file in files) > PLANNED_FROM:
+        measure_hardware(CPU, Path(trial.cache_dir), Path(trial.cache_dir))
     config = AutoConfig.from_pretrained(trial.model)
     expected = expected_tensors(config)
     shapes = [shape for name, shape in expected.shapes.items() if expected.layer_of.get(name) == 0 and len(shape) == 2]
     spec = spec_from_config(config, stored_dtype=trial.dtype, compute_dtype=trial.dtype)
-    int8 = OffloadConfig(**trial.options).compute == "int8"
+    int8 = trial.options["offload"]["compute"] == "int8"
     details = {
         "gemm": {rows: gemm_rate(shapes, rows, getattr(torch, trial.dtype)) for rows in ROWS},
         "int8": {rows: int8_rate(shapes, rows) for rows in ROWS} if int8 else {},
-        "disk_read": disk_rate(sorted(Path(trial.model).glob("*.safetensors"))),
+        "disk_read": disk_rate(files),
         "memory_copy": copy_rate(),
         "linear_flops": float(spec.linear_flops_per_token),
         "head_flops": 2.0 * spec.head_parameters,
