@@ -20,7 +20,8 @@ GENERATION: Final = "generation"
 JOINT: Final = "multiple_choice_joint"
 SEPARATE: Final = "multiple_choice_separate_original"
 CALIBRATED: Final = "multiple_choice_separate_calibrated"
-METHODS: Final = (GENERATION, JOINT, SEPARATE, CALIBRATED)
+LANGUAGE_MODELING: Final = "language_modeling"
+METHODS: Final = (GENERATION, JOINT, SEPARATE, CALIBRATED, LANGUAGE_MODELING)
 SCORED_METHODS: Final = (SEPARATE, CALIBRATED)
 
 ORIGINAL: Final = "original"
@@ -62,6 +63,11 @@ class AdapterSpec:
     def scores_references(self) -> bool:
         """Whether references are scored one by one (prefill only) instead of anything being generated."""
         return self.method in SCORED_METHODS
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are generated; otherwise tokens of the prompt are scored."""
+        return self.method in (GENERATION, JOINT)
 
     @property
     def completions(self) -> int:

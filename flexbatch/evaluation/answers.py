@@ -53,9 +53,11 @@ class Answer:
         return len(self.text.encode())
 
 
-def read_answer(row: Mapping[str, Any], tokenizer: Tokenizer) -> Answer:
-    """`row` maps the columns of the output to plain values; those that may be null are read as empty."""
-    generated = int(row["reference_index"]) < 0
+def read_answer(row: Mapping[str, Any], tokenizer: Tokenizer, *, generated: bool) -> Answer:
+    """`row` maps the columns of the output to plain values; those that may be null are read as empty.
+
+    `generated` tells a completion from scored tokens of the prompt, which are all kept.
+    """
     ids = [int(token) for token in row["completion_ids"] or ()]
     text = row["completion"] or ""
     ended = bool(ids) and ids[-1] in tokenizer.all_special_ids

@@ -15,12 +15,13 @@ from typing import Any, Final
 
 from flexbatch.config import JobConfig
 from flexbatch.errors import ConfigError, DataError
-from flexbatch.evaluation.adapter import GENERATION, Query, draft, draw_shots, queries, shot_texts
+from flexbatch.evaluation.adapter import GENERATION, LANGUAGE_MODELING, Query, draft, draw_shots, queries, shot_texts
 from flexbatch.evaluation.fitting import Fitted, Limits, Tokenizer, encode, fit_all, shared_prefix
-from flexbatch.evaluation.metrics import TextMetric, load_metric
+from flexbatch.evaluation.metrics import TEXT_METRICS, TextMetric, load_metric
 from flexbatch.evaluation.scenarios import Scenario, load_scenario, plain
 from flexbatch.evaluation.scoring import InstanceScore, score_scenario
 from flexbatch.evaluation.summary import Scores, summarize
+from flexbatch.evaluation.windows import windows
 from flexbatch.records import Prompt, Row, Sampling
 
 # What an evaluation adds to every output row; the types are those of `data.columns`.
@@ -34,7 +35,7 @@ COLUMNS: Final[dict[str, str]] = {
     "correct": "list<bool>",
     "reference_index": "int32",  # which reference this row scores; -1: the row generates
     "request_mode": "string",  # original or calibration, where references are scored
-    "completion_index": "int32",  # which of the completions of one prompt
+    "completion_index": "int32",  # which of the completions of one prompt, or of the windows of one text
     "shots": "int32",  # examples in the prompt after fitting
     "truncated": "bool",  # the prompt was cut after all shots were dropped
     "prompt": "string",
@@ -57,9 +58,10 @@ class Evaluation:
         text = json.dumps([state, self.seed, self.special_tokens], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def count(self) -> int:
-        """How many prompts there will be; needs no tokenizer."""
-        return sum(_count(scenario) for scenario in self.scenarios)
+    def count(self) -> int | None:
+        """How many prompts there will be, without making them; None where windows of texts must be counted first."""
+        counts = [_count(scenario) for scenario in self.scenarios]
+        return None if None in counts else sum(filter(None, counts))
 
     def prompts(self, tokenizer: Tokenizer, limits: Limits) -> Iterator[Prompt]:
         """All prompts: scenario by scenario, trial by trial, so that those which share their shots are neighbours."""
@@ -69,6 +71,9 @@ class Evaluation:
 
     def _scenario_prompts(self, scenario: Scenario, tokenizer: Tokenizer, limits: Limits) -> Iterator[_Draftling]:
         room = prompt_room(scenario, limits, special_count(tokenizer, self.special_tokens))
+        if scenario.spec.method == LANGUAGE_MODELING:
+            yield from self._windows(scenario, tokenizer, room)
+            return
         for trial in range(scenario.spec.num_train_trials):
             shots = shot_texts(scenario.spec, draw_shots(scenario.spec, scenario.train, trial))
             asked = [query for instance in scenario.evaluated for query in queries(scenario.spec, instance)]
@@ -78,6 +83,15 @@ class Evaluation:
                 scored = _scored_tokens(scenario, tokenizer, query, prompt, self.special_tokens)
                 for number in range(scenario.spec.completions):
                     yield _Draftling(scenario, trial, query, number, prompt, scored, self.seed)
+
+    def _windows(self, scenario: Scenario, tokenizer: Tokenizer, room: int) -> Iterator[_Draftling]:
+        """Texts have no shots; the windows of one text are numbered like completions of one prompt."""
+        prefix = special_prefix(tokenizer) if self.special_tokens else ()
+        for instance in scenario.evaluated:
+            tokens = encode(tokenizer, [instance.input], special_tokens=False)[0]
+            for number, (token_ids, scored) in enumerate(windows(prefix, tokens, room)):
+                fitted = Fitted(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids, 0)
+                yield _Draftling(scenario, 0, Query(instance), number, fitted, scored, self.seed)
 
     def score(self, rows: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Scores:
         """Scores from the finished output rows (a mapping of column to value each), in any order."""
@@ -128,7 +142,8 @@ def build_evaluation(job: JobConfig, *, seed: int = 0, special_tokens: bool = Tr
         raise ConfigError(f"job.trials is {job.trials}", remedy="It is at least 1.")
     scenarios = tuple(load_scenario(name, settings, job.trials) for name, settings in options.items() if settings)
     names = {metric.partition("@")[0] for scenario in scenarios for metric in scenario.metrics}
-    return Evaluation(scenarios, {name: load_metric(name) for name in sorted(names)}, seed, special_tokens)
+    metrics = {name: load_metric(name) for name in sorted(names & set(TEXT_METRICS))}
+    return Evaluation(scenarios, metrics, seed, special_tokens)
 
 
 def special_count(tokenizer: Tokenizer, special_tokens: bool) -> int:
@@ -144,7 +159,7 @@ def prompt_room(scenario: Scenario, limits: Limits, specials: int) -> int:
     """
     spec = scenario.spec
     room = scenario.prompt_tokens + specials if scenario.prompt_tokens else limits.prompt_tokens
-    generated = 0 if spec.scores_references else spec.max_tokens
+    generated = spec.max_tokens if spec.generates else 0
     if limits.context_tokens:
         room = min(room, limits.context_tokens - max(0, generated - 1))
     if room <= specials:
@@ -156,7 +171,15 @@ def prompt_room(scenario: Scenario, limits: Limits, specials: int) -> int:
     return room
 
 
-def _count(scenario: Scenario) -> int:
+def special_prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text."""
+    [ids] = encode(tokenizer, ["a"])
+    return tuple(ids[: next((place for place, token in enumerate(ids) if token not in tokenizer.all_special_ids), 0)])
+
+
+def _count(scenario: Scenario) -> int | None:
+    if scenario.spec.method == LANGUAGE_MODELING:
+        return None
     each = sum(len(queries(scenario.spec, instance)) for instance in scenario.evaluated)
     return each * scenario.spec.num_train_trials * scenario.spec.completions
 
@@ -192,8 +215,8 @@ def _placed(item: _Draftling, shard: str, place: int) -> Prompt:
         "prompt": fitted.text,
     }
     sampling = Sampling(
-        max_new_tokens=0 if spec.scores_references else spec.max_tokens,
-        temperature=0.0 if spec.scores_references else spec.temperature,
+        max_new_tokens=spec.max_tokens if spec.generates else 0,
+        temperature=spec.temperature if spec.generates else 0.0,
         seed=_row_seed(item.seed, name),
         stop=spec.stop_sequences if spec.method == GENERATION else (),  # HELM stops no other method
         logprobs=True,
@@ -219,6 +242,8 @@ def _identifier(item: _Draftling) -> str:
         parts += [f"reference{item.query.reference_index}", item.query.mode]
     if item.scenario.spec.completions > 1:
         parts.append(f"completion{item.completion}")
+    if item.scenario.spec.method == LANGUAGE_MODELING:
+        parts.append(f"window{item.completion}")
     return "/".join(parts)
 
 

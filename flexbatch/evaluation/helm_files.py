@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexbatch.data.durable import write_file
-from flexbatch.evaluation.adapter import GENERATION, JOINT, AdapterSpec, letter_answers
+from flexbatch.evaluation.adapter import GENERATION, JOINT, LANGUAGE_MODELING, AdapterSpec, letter_answers
 from flexbatch.evaluation.answers import Answer
 from flexbatch.evaluation.fitting import Tokenizer
 from flexbatch.evaluation.helm_statistics import as_json, instance_statistics, run_statistics
@@ -123,6 +123,9 @@ def _adapter_spec(spec: AdapterSpec, model: str) -> dict[str, Any]:
 
 
 def _metric_specs(scenario: Scenario) -> list[dict[str, Any]]:
+    if scenario.spec.method == LANGUAGE_MODELING:
+        kind = "helm.benchmark.metrics.language_modeling_metrics.LanguageModelingMetric"
+        return [{"class_name": kind, "args": {"names": []}}]
     names = list(dict.fromkeys(name.partition("@")[0] for name in scenario.metrics))
     return [
         {"class_name": f"{_METRICS}.BasicGenerationMetric", "args": {"names": names}},
@@ -134,7 +137,7 @@ def _metric_specs(scenario: Scenario) -> list[dict[str, Any]]:
 def _request_states(scenario: Scenario, score: InstanceScore, tokenizer: Tokenizer, model: str) -> list[dict[str, Any]]:
     """One for each prompt: completions of the same prompt belong to one request."""
     spec = scenario.spec
-    if not spec.scores_references:
+    if spec.generates:
         by_number = sorted(score.answers, key=lambda answer: answer.completion_index)
         return [_request_state(spec, by_number, tokenizer, model)]
     return [_request_state(spec, [answer], tokenizer, model) for answer in score.answers]
@@ -162,7 +165,7 @@ def _request_state(spec: AdapterSpec, answers: Sequence[Answer], tokenizer: Toke
         },
         "num_train_instances": first.shots,
         "prompt_truncated": first.truncated,
-        "num_conditioning_tokens": 0,
+        "num_conditioning_tokens": 0,  # tokens that are not scored are not listed
     }
     if spec.scores_references:
         state |= {"reference_index": first.reference_index, "request_mode": first.mode}
@@ -174,8 +177,7 @@ def _request_state(spec: AdapterSpec, answers: Sequence[Answer], tokenizer: Toke
 
 
 def _request(spec: AdapterSpec, prompt: str, model: str) -> dict[str, Any]:
-    scored = spec.scores_references
-    generates = spec.method == GENERATION
+    scored = not spec.generates
     return {
         "model_deployment": model,
         "model": model,
@@ -185,7 +187,7 @@ def _request(spec: AdapterSpec, prompt: str, model: str) -> dict[str, Any]:
         "num_completions": spec.completions,
         "top_k_per_token": spec.num_outputs if spec.method == JOINT else 1,
         "max_tokens": 0 if scored else spec.max_tokens,
-        "stop_sequences": list(spec.stop_sequences) if generates else [],
+        "stop_sequences": list(spec.stop_sequences) if spec.method == GENERATION else [],
         "echo_prompt": scored,
         "top_p": 1,
         "presence_penalty": 0,
@@ -196,7 +198,7 @@ def _request(spec: AdapterSpec, prompt: str, model: str) -> dict[str, Any]:
 def _completion(spec: AdapterSpec, answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Scored requests echo their prompt, as HELM asks for; of its tokens only the reference's are listed."""
     return {
-        "text": answer.prompt if spec.scores_references else answer.text,
+        "text": answer.text if spec.generates else answer.prompt,
         "logprob": sum(answer.logprobs),
         "tokens": [
             {"text": tokenizer.decode([token], skip_special_tokens=False), "logprob": logprob}

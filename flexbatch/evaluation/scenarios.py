@@ -20,13 +20,14 @@ from typing import Any, Final
 import numpy as np
 
 from flexbatch.errors import ConfigError, DataError
-from flexbatch.evaluation.adapter import ADAPTER_KEYS, GENERATION, JOINT, METHODS, AdapterSpec
+from flexbatch.evaluation.adapter import ADAPTER_KEYS, GENERATION, JOINT, LANGUAGE_MODELING, METHODS, AdapterSpec
 from flexbatch.evaluation.instance import SPLITS, TRAIN, Instance, number_instances
 from flexbatch.evaluation.metrics import SET_METRICS, TEXT_METRICS
 from flexbatch.evaluation.sources import LOADERS
 
 SCENARIO_KEYS: Final = ("data", "adapter", "metrics", "main_metric", "prompt_tokens", "run_name")
 _TUPLE_KEYS: Final = ("reference_prefix_characters", "stop_sequences", "eval_splits")
+BITS_PER_BYTE: Final = "bits_per_byte"
 _NOT_FOR_CHOICES: Final = (*SET_METRICS, "rouge_1", "rouge_2", "rouge_l")
 
 
@@ -171,7 +172,7 @@ def _check_adapter(spec: AdapterSpec, where: str) -> None:
         raise ConfigError(f"{where}.eval_splits is {list(spec.eval_splits)}", remedy="Choose from valid and test.")
     if spec.scores_references:
         _check_scored(spec, where)
-    else:
+    elif spec.generates:
         _check_generated(spec, where)
 
 
@@ -196,7 +197,8 @@ def _check_generated(spec: AdapterSpec, where: str) -> None:
 
 
 def _metrics(options: Mapping[str, Any], spec: AdapterSpec, where: str) -> tuple[tuple[str, ...], str]:
-    names = _strings(options.get("metrics") or ["exact_match"], f"{where}.metrics")
+    default = BITS_PER_BYTE if spec.method == LANGUAGE_MODELING else "exact_match"
+    names = _strings(options.get("metrics") or [default], f"{where}.metrics")
     main = str(options.get("main_metric") or names[0])
     for name in names:
         _check_metric(name, spec, f"{where}.metrics")
@@ -207,6 +209,12 @@ def _metrics(options: Mapping[str, Any], spec: AdapterSpec, where: str) -> tuple
 
 def _check_metric(name: str, spec: AdapterSpec, where: str) -> None:
     base, _, best_of = name.partition("@")
+    if spec.method == LANGUAGE_MODELING and name != BITS_PER_BYTE:
+        raise ConfigError(
+            f"{where}: {name} does not fit {spec.method}, which writes no text", remedy=f"Use {BITS_PER_BYTE}."
+        )
+    if spec.method == LANGUAGE_MODELING:
+        return
     if base not in TEXT_METRICS:
         near = difflib.get_close_matches(base, TEXT_METRICS, 1)
         hint = f"Did you mean {near[0]}? " if near else ""
@@ -251,6 +259,8 @@ def _select(
 
 
 def _check_instances(spec: AdapterSpec, metrics: Sequence[str], evaluated: Sequence[Instance], where: str) -> None:
+    if spec.method == LANGUAGE_MODELING:
+        return
     bare = [instance.id for instance in evaluated if not instance.correct]
     if bare:
         raise DataError(

@@ -15,11 +15,19 @@ from typing import Any
 import numpy as np
 
 from flexbatch.errors import DataError
-from flexbatch.evaluation.adapter import CALIBRATED, CALIBRATION, JOINT, ORIGINAL, AdapterSpec, letter_answers
+from flexbatch.evaluation.adapter import (
+    CALIBRATED,
+    CALIBRATION,
+    JOINT,
+    LANGUAGE_MODELING,
+    ORIGINAL,
+    AdapterSpec,
+    letter_answers,
+)
 from flexbatch.evaluation.answers import Answer, read_answer
 from flexbatch.evaluation.fitting import Tokenizer
 from flexbatch.evaluation.metrics import TextMetric
-from flexbatch.evaluation.scenarios import Scenario
+from flexbatch.evaluation.scenarios import BITS_PER_BYTE, Scenario
 
 OutputRow = Mapping[str, Any]
 FINISH_REASONS = ("length", "stop", "endoftext", "unknown")
@@ -43,19 +51,23 @@ def score_scenario(
     """One score for each (trial, instance), in the order of the rows."""
     groups: dict[tuple[int, str], list[Answer]] = {}
     for row in rows:
-        groups.setdefault((int(row["trial"]), str(row["instance"])), []).append(read_answer(row, tokenizer))
+        groups.setdefault((int(row["trial"]), str(row["instance"])), []).append(
+            read_answer(row, tokenizer, generated=scenario.spec.generates)
+        )
     return [_score_instance(scenario, answers, metrics) for answers in groups.values()]
 
 
 def _score_instance(scenario: Scenario, answers: list[Answer], metrics: Mapping[str, TextMetric]) -> InstanceScore:
     first, spec = answers[0], scenario.spec
     expected = _expected_requests(spec, len(first.references))
-    if len(answers) != expected:
+    if spec.method != LANGUAGE_MODELING and len(answers) != expected:
         raise DataError(
             f"{scenario.name}: instance {first.instance} in trial {first.trial} has {len(answers)} of {expected} rows",
             remedy="The output is not complete: run the job again with the same command to finish it.",
         )
-    if spec.scores_references:
+    if spec.method == LANGUAGE_MODELING:
+        prediction, judged = "", _measure_text(answers)
+    elif spec.scores_references:
         prediction, judged = _rank_references(spec, answers)
     else:
         answers = sorted(answers, key=lambda answer: -answer.logprob)
@@ -89,6 +101,17 @@ def _judge_texts(
     told = _first_completion(answers)  # HELM's language-modelling statistics are not those of the likeliest one
     judged |= {"logprob": told.logprob, "num_perplexity_tokens": told.tokens, "num_bytes": told.bytes}
     return predictions[0], judged
+
+
+def _measure_text(answers: Sequence[Answer]) -> dict[str, float]:
+    """All windows of one text together. A window that failed would make the text look likelier: then nothing counts."""
+    size = len(answers[0].input.encode())
+    logprob = sum(answer.logprob for answer in answers)
+    if not math.isfinite(logprob) or not size:
+        return {"logprob": -math.inf, "num_perplexity_tokens": 0, "num_bytes": 0}
+    tokens = sum(answer.tokens for answer in answers)
+    bits = -logprob / size / math.log(2)
+    return {"logprob": logprob, "num_perplexity_tokens": tokens, "num_bytes": size, BITS_PER_BYTE: bits}
 
 
 def _best(metric: TextMetric, gold: Sequence[str], predictions: Sequence[str]) -> float:
@@ -137,7 +160,7 @@ def _reference_score(spec: AdapterSpec, by_request: Mapping[tuple[int, str], Ans
 
 def request_statistics(spec: AdapterSpec, answers: Sequence[Answer]) -> list[dict[str, float]]:
     """What HELM notes of each request: the first completion speaks for all of them, references for themselves."""
-    if spec.scores_references:
+    if not spec.generates:
         return [_described(spec, answer, answer.tokens, 0) for answer in answers]
     written = sum(answer.tokens for answer in answers)
     return [_described(spec, _first_completion(answers), written, written)]

@@ -179,11 +179,22 @@ def _one_of(value: Any, allowed: tuple[str, ...], key: str) -> str:
     return str(value)
 
 
+def _from_texts(options: Options, where: str) -> list[Instance]:
+    """One text file, or the `*.txt` of a folder: each a test instance without references."""
+    path = Path(options["path"])
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    try:
+        return [Instance(file.read_text(encoding="utf-8"), (), TEST, file.stem) for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}.path: cannot read {path} ({error})", remedy="Name a UTF-8 text file.") from error
+
+
 Loader = Callable[[Options, str], list[Instance]]
 
 # kind: loader, keys that it needs, keys that it takes besides
 LOADERS: Final[dict[str, tuple[Loader, tuple[str, ...], tuple[str, ...]]]] = {
     "shards": (_from_shards, ("path",), ("format", "columns", "split")),
+    "texts": (_from_texts, ("path",), ()),
     "mmlu": (_from_mmlu, ("path", "subject"), ()),
     "wikifact": (_from_wikifact, ("path", "property"), ()),
     "summarization": (

@@ -76,7 +76,7 @@ class Scores:
 def _as_json(scores: ScenarioScores) -> dict[str, Any]:
     return {
         "main_metric": scores.main_metric,
-        "main_score": scores.estimates[scores.main_metric].mean,
+        "main_score": scores.estimates[scores.main_metric].mean if scores.main_metric in scores.estimates else None,
         "instances": scores.instances,
         "trials": scores.trials,
         "requests": scores.requests,
@@ -95,7 +95,8 @@ def summarize(scored: Sequence[tuple[Scenario, Sequence[InstanceScore]]]) -> Sco
 
 
 def _scenario_scores(scenario: Scenario, scores: Sequence[InstanceScore]) -> ScenarioScores:
-    judged = [name for name in scores[0].statistics if _is_reported(name, scenario)]
+    names = dict.fromkeys(name for score in scores for name in score.statistics)
+    judged = [name for name in names if _is_reported(name, scenario)]
     answers = [answer for score in scores for answer in score.answers]
     return ScenarioScores(
         scenario=scenario.name,
@@ -120,7 +121,8 @@ def _by_instance(scores: Sequence[InstanceScore], name: str) -> NDArray[np.float
     """One value for each instance, its mean over the trials: instances are what is resampled."""
     values: dict[str, list[float]] = {}
     for score in scores:
-        values.setdefault(score.instance, []).append(score.statistics[name])
+        if name in score.statistics:  # a text of which a window failed has no score
+            values.setdefault(score.instance, []).append(score.statistics[name])
     return np.array([np.mean(value) for value in values.values()], dtype=np.float64)
 
 
