@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
-MEASUREMENT_VERSION = 3
+MEASUREMENT_VERSION = 4
 
-ROWS = (1, 4, 16, 64, 256, 1024)
+ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 HIDDEN = 4096
 WIDTHS = (512, 1024, 2048, 4096)
 READ_BYTES = 8 << 20
@@ -116,14 +116,16 @@ def _measure(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     read, write, read_cpu = _disk(disk_folder)
     to_device, to_host = _links(device)
     layer, one_pass = _calls(device)
+    gemm = {kind: dict(curve) for kind, curve in _gemm_curves(device)}
+    attention = _prefill_attention(device)
     return {
         "name": "this machine",
         "device": device.type,
         "cores": _cores(),
-        "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
+        "gemm": gemm,
         "gemm_width": _width_factors(device),
-        "activation_numbers": _activation_rate(device),
-        "attention_flops": _prefill_attention(device),
+        "activation_numbers": _activation_rate(device, gemm[_name(_half(device))], attention),
+        "attention_flops": attention,
         "attention_bytes": _decode_attention(device),
         "host_attention_bytes": _decode_attention(torch.device("cpu")),
         "memory_copy": _copy_rate(torch.device("cpu"), torch.device("cpu")),
@@ -177,8 +179,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int 
 def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]:
     kinds = [torch.float32, torch.bfloat16, torch.float16]
     for dtype in kinds if device.type != "cpu" else kinds[:2]:
-        name = str(dtype).removeprefix("torch.")
-        yield name, {rows: _gemm_rate(device, dtype, rows) for rows in ROWS}
+        yield _name(dtype), {rows: _gemm_rate(device, dtype, rows) for rows in ROWS}
     if device.type == "cpu":
         yield "int8", {rows: _int8_rate(rows) for rows in ROWS}
 
@@ -210,24 +211,30 @@ def _width_factors(device: torch.device) -> dict[int, float]:
     return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
 
 
+def _activation_rate(device: torch.device, gemm: Mapping[int, float], attention: float) -> float:
+    """Numbers per second through what a layer does besides products and attention: what real layers take beyond them.
+
+    `gemm` is FLOP/s by rows in the type of `_half`, `attention` FLOP/s of prefill attention.
+    """
+    rows, length, width = 8, 256, 1024
+    tokens = rows * length
+    layers = [_forward(device, count, width, (rows, length)) for count in (1, 3)]
+    flops = 2.0 * 12 * width * width * tokens / gemm[max(gemm)] + 4.0 * tokens * length * width / attention
+    beyond = (layers[1] - layers[0]) / 2 - flops
+    # Never less than a tenth of a percent of the products: noise must not make it vanish.
+    return tokens * layer_activations(width, 4 * width) / max(beyond, 1e-3 * flops)
+
+
 @torch.inference_mode()
-def _activation_rate(device: torch.device) -> float:
-    """Numbers per second through what a layer does besides products: norms, residuals, an activation, copies."""
-    tokens, width = 2048, 1024
-    hidden = torch.randn(8, tokens // 8, width, dtype=_half(device), device=device)
-    inner = torch.randn(8, tokens // 8, 4 * width, dtype=_half(device), device=device)
-    kept = torch.empty(8, 16, tokens // 8, width // 16, dtype=_half(device), device=device)
-    norm = torch.nn.LayerNorm(width, dtype=_half(device), device=device)
-
-    def work() -> None:
-        for _ in range(2):
-            norm(hidden + hidden)
-            for row in range(8):
-                kept[row] = hidden[row].view(tokens // 8, 16, -1).transpose(0, 1)
-        kept.transpose(1, 2).reshape(8, -1, width)
-        torch.relu(inner)
-
-    return tokens * layer_activations(width, 4 * width) / seconds_of(work, device)
+def _forward(device: torch.device, layers: int, width: int, shape: tuple[int, int]) -> float:
+    """Seconds of a small-vocabulary OPT's call on padded prompts of this shape."""
+    fields = {"vocab_size": 512, "hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
+    config = AutoConfig.for_model("opt", num_hidden_layers=layers, num_attention_heads=width // 64, **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=_half(device))  # type: ignore[no-untyped-call]
+    model = model.to(device).eval()
+    ids, mask = torch.ones(shape, dtype=torch.long, device=device), torch.ones(shape, dtype=torch.long, device=device)
+    mask[0, 0] = 0
+    return seconds_of(partial(model, input_ids=ids, attention_mask=mask, use_cache=False), device)
 
 
 @torch.inference_mode()
@@ -242,6 +249,10 @@ def _int8_rate(rows: int) -> float:
             int8_linear(inputs, weight, scale)
 
     return 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds_of(work, torch.device("cpu"), rounds=3)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _half(device: torch.device) -> torch.dtype:

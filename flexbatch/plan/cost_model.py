@@ -193,8 +193,11 @@ def kv_terms(
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
     on_disk, on_host = policy.kv.disk, policy.kv.host
     if on_disk:
-        seconds = old * on_disk / hardware.disk_read + new * on_disk / hardware.disk_write
-        yield Term("KV on disk", Resource.COMPUTE, seconds, (old + new) * on_disk, "bytes")
+        # A mapped file: reading waits for the disk, writing only for the copy; the disk writes behind it.
+        read, written = old * on_disk, new * on_disk
+        seconds = read / hardware.disk_read + written / hardware.memory_copy
+        yield Term("KV on disk", Resource.COMPUTE, seconds, read + written, "bytes")
+        yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
     if on_host and not policy.host_attention:
         seconds = old * on_host / hardware.host_to_device + new * on_host / hardware.device_to_host
         yield Term("KV on host", Resource.COMPUTE, seconds, (old + new) * on_host, "bytes")
