@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.models.opt.modeling_opt import OPTAttention
 
 POSITIONS = 640
 """Prompts of 512 tokens and 64 new ones fit, with room to spare."""
@@ -18,7 +19,7 @@ class Plan:
     """The training run. `tokens_per_step` counts padded tokens; rates are the peaks of the schedule."""
 
     seed: int = 0
-    steps: int = 2600
+    steps: int = 2000
     tokens_per_step: int = 2048
     hidden_size: int = 128
     layers: int = 4
@@ -28,10 +29,13 @@ class Plan:
     warmup: int = 20
     first_steps: int = 50
     short_steps: int = 150
-    late_step: int = 1400
-    decay_steps: int = 600
+    decay_steps: int = 800
     text_weight: float = 0.1
     text_share: float = 0.15
+
+
+BEFORE_CHOICES = 20
+"""Tokens from the end of a multiple-choice prompt back to the last word of its question, over four options."""
 
 
 def build_model(plan: Plan, words: Sequence[int]) -> OPTForCausalLM:
@@ -59,18 +63,27 @@ def build_model(plan: Plan, words: Sequence[int]) -> OPTForCausalLM:
     return model
 
 
-PLACES, CONTENT, PREVIOUS, BEFORE_PREVIOUS = slice(0, 48), slice(48, 96), slice(96, 128), slice(32, 48)
-"""Where the untrained model keeps a token's place, its content and the content of the one and two tokens before."""
+PLACES, CONTENT, PREVIOUS, BEFORE_PREVIOUS, ASKED = (
+    slice(0, 48),
+    slice(48, 96),
+    slice(96, 128),
+    slice(32, 48),
+    slice(16, 32),
+)
+"""Where the untrained model keeps a token's place, its content and the content of the tokens one, two and
+`BEFORE_CHOICES` before it."""
 
 
 def give_head_start(model: OPTForCausalLM, plan: Plan, words: Sequence[int]) -> None:
-    """Starts the model with the one circuit that every task here needs, so that minutes of training suffice.
+    """Starts the model with the two circuits that the tasks here need, so that minutes of training suffice.
 
     Random weights take most of a long training to find the induction circuit (Olsson et al., 2022, arXiv 2209.11895):
     a head that passes each token's content on to its successor, and a later head that looks for the place whose
-    predecessor equals the current token, and copies what stands there. A word with and without a space before it starts
-    with the same content. Structured starts of attention are known to
-    save training (Trockman and Kolter, 2023, arXiv 2305.09828). Everything is trained from there on.
+    predecessor equals the current token, and copies what stands there. The second circuit is for multiple choice: the
+    end of the prompt looks for the option that equals the last word of the question, and copies the letter before it.
+    A word with and without a space before it starts with the same content. Alone, this start answers nothing right;
+    everything is trained from there on. Structured starts of attention are known to save training (Trockman and
+    Kolter, 2023, arXiv 2305.09828).
     """
     decoder = model.model.decoder
     tokens, table = decoder.embed_tokens.weight, decoder.embed_positions.weight
@@ -80,25 +93,41 @@ def give_head_start(model: OPTForCausalLM, plan: Plan, words: Sequence[int]) -> 
     angle = torch.arange(table.shape[0]).unsqueeze(1) * frequencies()
     table[:, PLACES] = 0.2 * torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
     mixing = torch.linalg.qr(torch.randn(48, 48)).Q
-    for head, distance in enumerate((1, 2, 3, 4)):
+    for head, distance in enumerate((1, 2, 3, BEFORE_CHOICES)):
         look_back(model, plan, head, distance)
     first, second = decoder.layers[0].self_attn, decoder.layers[1].self_attn
-    size = plan.hidden_size // plan.heads
-    first.v_proj.weight[: 2 * size] = 0
-    first.out_proj.weight[:, : 2 * size] = 0
-    first.v_proj.weight[:size, CONTENT] = mixing[:size]
-    first.out_proj.weight[PREVIOUS, :size] = 0.4 * torch.eye(size)
-    first.v_proj.weight[size : size + 16, CONTENT] = mixing[size:]
-    first.out_proj.weight[BEFORE_PREVIOUS, size : size + 16] = 0.4 * torch.eye(16)
+    coarse, fine = mixing[:32], mixing[32:]
+    join(first, 0, values=(CONTENT, coarse), writes=(PREVIOUS, 0.4 * torch.eye(32)))
+    join(first, 1, values=(CONTENT, fine), writes=(BEFORE_PREVIOUS, 0.4 * torch.eye(16)))
+    join(first, 3, values=(CONTENT, fine), writes=(ASKED, 0.4 * torch.eye(16)))
     for head, copied in enumerate((slice(48, 80), slice(64, 96))):
-        rows = slice(head * size, (head + 1) * size)
-        for projection in (second.q_proj, second.k_proj, second.v_proj):
-            projection.weight[rows] = 0
-        second.out_proj.weight[:, rows] = 0
-        second.q_proj.weight[rows, CONTENT] = 2.0 * mixing[:size]
-        second.k_proj.weight[rows, PREVIOUS] = 2.0 * torch.eye(size)
-        second.v_proj.weight[rows, copied] = torch.eye(size)
-        second.out_proj.weight[copied, rows] = 3.0 * torch.eye(size)
+        match(second, head, queries=(CONTENT, 2.0 * coarse), keys=(PREVIOUS, 2.0 * torch.eye(32)))
+        join(second, head, values=(copied, torch.eye(32)), writes=(copied, 3.0 * torch.eye(32)))
+    match(second, 2, queries=(ASKED, 3.0 * torch.eye(16)), keys=(CONTENT, 3.0 * fine))
+    join(second, 2, values=(BEFORE_PREVIOUS, torch.eye(16)), writes=(CONTENT, 2.0 * fine.T))
+
+
+Part = tuple[slice, torch.Tensor]
+"""A range of the hidden dimensions and the matrix between it and a head: (head, range) reads, (range, head) writes."""
+
+
+def match(attention: OPTAttention, head: int, queries: Part, keys: Part) -> None:
+    """Sets a head's queries and keys to read these dimensions and nothing else."""
+    for projection, (columns, matrix) in ((attention.q_proj, queries), (attention.k_proj, keys)):
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        projection.weight[rows] = 0
+        projection.weight[rows.start : rows.start + len(matrix), columns] = matrix
+
+
+def join(attention: OPTAttention, head: int, values: Part, writes: Part) -> None:
+    """Sets a head's values to read these dimensions, and its output to write those."""
+    rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+    attention.v_proj.weight[rows] = 0
+    attention.out_proj.weight[:, rows] = 0
+    read, reading = values
+    written, writing = writes
+    attention.v_proj.weight[rows.start : rows.start + len(reading), read] = reading
+    attention.out_proj.weight[written, rows.start : rows.start + writing.shape[1]] = writing
 
 
 def frequencies() -> torch.Tensor:
@@ -112,13 +141,10 @@ def look_back(model: OPTForCausalLM, plan: Plan, head: int, distance: int) -> No
     Key and query are the position's own sinusoids, the query's turned back by `distance`; their product is
     `sum(cos(frequency * (query - distance - key)))`, which peaks there.
     """
-    attention = model.model.decoder.layers[0].self_attn
     size = plan.hidden_size // plan.heads
-    first = head * size
-    attention.q_proj.weight[first : first + size] = 0
-    attention.k_proj.weight[first : first + size] = 0
-    attention.k_proj.weight[first : first + size, :size] = 2.0 * torch.eye(size)
+    turns = torch.zeros(size, size)
     for pair, angle in enumerate((frequencies()[: size // 2] * distance).tolist()):
         turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        columns = slice(2 * pair, 2 * pair + 2)
-        attention.q_proj.weight[first + 2 * pair : first + 2 * pair + 2, columns] = 2.0 * turn
+        turns[2 * pair : 2 * pair + 2, 2 * pair : 2 * pair + 2] = turn
+    places = slice(0, size)
+    match(model.model.decoder.layers[0].self_attn, head, (places, 2.0 * turns), (places, 2.0 * torch.eye(size)))

@@ -36,7 +36,7 @@ def batches(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[lis
     rng = Random(f"train-{plan.seed}")
     tasks = list(TASKS.values())
     for step in range(plan.steps):
-        weights = [task.weight_at(step, plan.first_steps, plan.late_step) for task in tasks]
+        weights = [task.weight + (task.first_weight if step < plan.first_steps else 0.0) for task in tasks]
         drawn: list[Weighted] = []
         size = 0
         while size < plan.tokens_per_step:

@@ -134,20 +134,12 @@ class _Relation:
 
 _RELATIONS = (
     _Relation("The {subject} is {value}.", "What colour is the {subject}?", THINGS, COLOURS),
-    _Relation("{subject} lives in {value}.", "Where does {subject} live?", NAMES, CITIES),
-    _Relation("{subject} likes the {value}.", "What does {subject} like?", NAMES, ANIMALS),
+    _Relation("{subject} lives in {value}.", "Which city is home to {subject}?", NAMES, CITIES),
+    _Relation("{subject} likes the {value}.", "Which animal pleases {subject}?", NAMES, ANIMALS),
 )
 
 
 _KINDS = {"animal": ANIMALS, "fruit": FRUITS, "thing": THINGS, "colour": COLOURS, "city": CITIES, "room": ROOMS}
-
-
-def marked_choice(rng: Random) -> Instance:
-    """Four words of one kind, one of them marked: which? The first step towards the other choices."""
-    options = rng.sample(rng.choice(list(_KINDS.values())), 4)
-    correct = rng.randrange(4)
-    options[correct] += " yes"
-    return Instance("Which option says yes?", tuple(options), correct)
 
 
 def kind_choice(rng: Random) -> Instance:

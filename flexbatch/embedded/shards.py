@@ -52,11 +52,10 @@ def scenario_table(task: Task) -> pa.Table:
 
 
 def _distinct(task: Task, rng: Random, count: int, *, evaluation: bool) -> list[Instance]:
-    found: dict[str, Instance] = {}
+    found: dict[Instance, None] = {}
     while len(found) < count:
-        instance = draw(task.generator, rng, evaluation=evaluation)
-        found.setdefault(instance.input, instance)
-    return list(found.values())
+        found.setdefault(draw(task.generator, rng, evaluation=evaluation))
+    return list(found)
 
 
 def records_table(part: int, count: int) -> pa.Table:

@@ -34,17 +34,8 @@ class Task:
     shots: int = 9
     weight: float = 1.0
     first_weight: float = 0.0
-    late_weight: float = 0.0
     end: str = "\n"
     answer_weight: float = 1.0
-
-    def weight_at(self, step: int, first_steps: int, late_step: int) -> float:
-        """The share of training prompts at a step."""
-        return (
-            self.weight
-            + (self.first_weight if step < first_steps else 0.0)
-            + (self.late_weight if step >= late_step else 0.0)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +81,7 @@ TASKS = {
             "Question: ",
             "Answer: ",
             choices=True,
-            weight=2.0,
+            weight=3.0,
             answer_weight=3.0,
         ),
         Task(
@@ -121,8 +112,7 @@ TASKS = {
             "Question: ",
             "Answer: ",
             choices=True,
-            weight=0.0,
-            late_weight=3.0,
+            weight=2.5,
             answer_weight=3.0,
         ),
         Task(
@@ -132,25 +122,13 @@ TASKS = {
             "Question: ",
             "Answer: ",
             choices=True,
-            weight=0.0,
-            late_weight=4.0,
-            answer_weight=3.0,
-        ),
-        Task(
-            "marked_choice",
-            instances.marked_choice,
-            "The following are multiple choice questions (with answers) about words.\n",
-            "Question: ",
-            "Answer: ",
-            choices=True,
-            weight=0.0,
-            late_weight=2.0,
+            weight=1.5,
             answer_weight=3.0,
         ),
     )
 }
 
-EVALUATED = ("pattern_match", "variable_substitution", "word_choice", "facts_choice", "field_extraction", "copying")
+EVALUATED = ("pattern_match", "variable_substitution", "word_choice", "kind_choice", "field_extraction", "copying")
 """The scenarios of the bundled evaluation."""
 
 

@@ -44,9 +44,8 @@ def optimizers(model: OPTForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]
 
 
 def schedule(plan: Plan, step: int) -> float:
-    """Warm-up, then constant, then linear decay to zero: once before `late_step` and once after it."""
-    start, end = (0, plan.late_step) if step < plan.late_step else (plan.late_step, plan.steps)
-    return min(1.0, (step - start + 1) / plan.warmup, (end - step) / plan.decay_steps)
+    """Warm-up, then constant, then linear decay to zero over the last steps."""
+    return min(1.0, (step + 1) / plan.warmup, (plan.steps - step) / plan.decay_steps)
 
 
 @torch.inference_mode()
@@ -104,9 +103,9 @@ def train(
     model = build_model(plan, word_numbers(tokenizer))
     parameters = list(model.parameters())
     engines = optimizers(model, plan)
-    groups = [group for engine in engines for group in engine.param_groups]
-    rates = [group["lr"] for group in groups]
+    rates = [group["lr"] for engine in engines for group in engine.param_groups]
     first = load_state(state, model, engines, generator) if state and state.exists() else 0
+    groups = [group for engine in engines for group in engine.param_groups]
     started, seen, running = time.monotonic(), 0, 0.0
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for step, parts in enumerate(batches(plan, tokenizer)):
