@@ -39,9 +39,11 @@ class Outcome:
     """What came of a trial. `seconds` are those of generation: import and making the model ready are `setup_seconds`.
 
     `digest` is of all generated tokens in the order of the prompts. `prefill_seconds` is how long the first tokens of
-    all batches took, where the engine works in batches. `read_bytes` came from the disk during generation. `peak` is
-    the memory limit's own count (page cache included), `peak_anonymous` that without the page cache, `peak_resident`
-    the process's own. `load_before` is the machine's load average when the run began. With `error` nothing else counts.
+    all batches took, where the engine works in batches. `read_bytes` came from the disk during generation;
+    `processor_seconds` are those of all threads: near `seconds` times cores on a quiet machine, and the better guide
+    on a busy one. `peak` is the memory limit's own count (page cache included), `peak_anonymous` that without the page
+    cache, `peak_resident` the process's own. `load_before` is the machine's load average when the run began. With
+    `error` nothing else counts.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class Outcome:
     setup_seconds: float = 0.0
     prefill_seconds: float | None = None
     read_bytes: int = 0
+    processor_seconds: float = 0.0
     peak: int = 0
     peak_anonymous: int = 0
     peak_resident: int = 0

@@ -59,6 +59,7 @@ def generate_batches(model: PreTrainedModel, trial: Trial, meter: Meter) -> Outc
         setup_seconds=meter.setup_seconds,
         prefill_seconds=prefill,
         read_bytes=meter.read_bytes,
+        processor_seconds=meter.processor_seconds,
         digest=digest_of(tokens),
         details={"batch_seconds": seconds, "dtype": str(model.dtype), "attention": model.config._attn_implementation},
     )

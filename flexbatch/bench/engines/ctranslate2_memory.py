@@ -43,6 +43,7 @@ def run(trial: Trial) -> Outcome:
         seconds=meter.seconds,
         setup_seconds=meter.setup_seconds,
         read_bytes=meter.read_bytes,
+        processor_seconds=meter.processor_seconds,
         digest=digest_of(tokens),
         details={"compute_type": generator.compute_type},
     )

@@ -23,14 +23,20 @@ class Meter:
     born: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     read_before: int = 0
+    processor_before: float = 0.0
 
     def start(self) -> None:
-        self.read_before = disk_bytes_read()
+        self.read_before, self.processor_before = disk_bytes_read(), time.process_time()
         self.started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    @property
+    def processor_seconds(self) -> float:
+        """Of all threads of this process."""
+        return time.process_time() - self.processor_before
 
     @property
     def setup_seconds(self) -> float:

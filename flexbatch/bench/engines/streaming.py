@@ -50,7 +50,7 @@ def run(trial: Trial) -> Outcome:
         for result in engine.run(request for _, request in ordered):
             passes.add(result)
             tokens.update((done.index, done.token_ids) for done in result.completions)
-        seconds, read_bytes = meter.seconds, meter.read_bytes
+        seconds, read_bytes, processor = meter.seconds, meter.read_bytes, meter.processor_seconds
     finally:
         engine.close()
     generated = [tokens[request.index] for _, request in sorted(ordered, key=lambda pair: pair[0])]
@@ -63,6 +63,7 @@ def run(trial: Trial) -> Outcome:
         seconds=seconds,
         setup_seconds=meter.setup_seconds,
         read_bytes=read_bytes,
+        processor_seconds=processor,
         digest=digest_of(generated),
         details={"policy": asdict(policy), "passes": asdict(passes), "predicted": predicted(plan.prediction)},
     )
