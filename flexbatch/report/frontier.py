@@ -65,11 +65,16 @@ def _against_slots(axes: Axes, ordered: Sequence[Prediction], chosen: Prediction
 def _against_each_other(axes: Axes, ordered: Sequence[Prediction], chosen: Prediction) -> None:
     rows, speeds = [each.row_seconds for each in ordered], [each.tokens_per_second for each in ordered]
     axes.plot(rows, speeds, "o-", color=COLOURS["speed"], markersize=4)
-    for each in ordered[:: max(1, len(ordered) // 8)]:
+    labelled = 0.0
+    for each in ordered:
+        if each.tokens_per_second - labelled < 0.04 * max(speeds):
+            continue
+        labelled = each.tokens_per_second
         place = (each.row_seconds, each.tokens_per_second)
-        axes.annotate(str(each.policy.slots), place, xytext=(4, -12), textcoords="offset points", fontsize=8)
+        axes.annotate(str(each.policy.slots), place, xytext=(6, -10), textcoords="offset points", fontsize=8)
     axes.plot([chosen.row_seconds], [chosen.tokens_per_second], "o", color=COLOURS["chosen"], markersize=8)
     axes.set_xlabel("seconds from joining to last token of a row")
     axes.set_ylabel("generated tokens per second (labels: slots)")
     axes.set_ylim(bottom=0)
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
+    axes.spines[["right"]].set_visible(False)

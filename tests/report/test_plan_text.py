@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
 
@@ -38,9 +39,9 @@ def plan() -> Plan:
 
 
 def text(table: Table) -> str:
-    console = Console(width=160, record=True, quiet=True)
-    console.print(table)
-    return console.export_text()
+    file = io.StringIO()
+    Console(width=160, file=file).print(table)
+    return file.getvalue()
 
 
 def test_the_plan_is_told_in_five_lines() -> None:
