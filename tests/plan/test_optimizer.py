@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 
 import pytest
@@ -85,13 +84,6 @@ def test_the_optimiser_agrees_with_brute_force(memory: str) -> None:
         if limits.exceeded(peak_bytes(needs(spec, hardware, work, policy))) is None:
             best = min(best, predict(spec, hardware, work, policy).seconds)
     assert made.seconds <= best * 1.02
-
-
-def test_even_a_big_model_is_planned_in_seconds() -> None:
-    spec = model("opt-175b", "float16")
-    started = time.process_time()
-    choose_policy(spec, machine("t4-gcp"), Workload.uniform(10_000), OffloadConfig())
-    assert time.process_time() - started < 10.0  # two on a quiet machine; a wide margin, so that it means a blow-up
 
 
 def test_a_dataset_shorter_than_the_slots_shrinks_them() -> None:
