@@ -13,8 +13,8 @@ from random import Random
 
 import pyarrow as pa
 
-from flexbatch.embedded.instances import Instance, draw, record_extraction, sentence, summary
-from flexbatch.embedded.tasks import EVALUATED, TASKS, Task
+from flexbatch.embedded.instances import Instance, draw, record_extraction, summary
+from flexbatch.embedded.tasks import EVALUATED, TASKS, Task, evaluation_examples
 
 SEED = 11
 TRAIN_ROWS, EVALUATION_ROWS = 40, 80
@@ -75,9 +75,9 @@ def articles_table(count: int) -> pa.Table:
 
 
 def texts_table(part: int, count: int) -> pa.Table:
-    """First sentences to write on from."""
-    rng = Random(f"shards-texts-{SEED}-{part}")
-    rows = [{"id": f"text-{part}-{n:03d}", "text": sentence(rng)} for n in range(count)]
+    """Whole prompts that ask for a text to be repeated."""
+    examples = evaluation_examples(TASKS["copying"], count, 0, SEED + part)
+    rows = [{"id": f"text-{part}-{n:03d}", "text": example.prompt} for n, example in enumerate(examples)]
     return pa.Table.from_pylist(rows, schema=TEXTS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -55,6 +57,14 @@ def train_tokenizer(seed: int, examples_per_task: int = 1500) -> PreTrainedToken
         model_max_length=POSITIONS,
     )
     return wrapped
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes `tokenizer.json` and its config, with the class name that every version of Transformers knows."""
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    fields = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def word_numbers(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -20,7 +20,7 @@ from flexbatch.embedded.architecture import Plan, build_model
 from flexbatch.embedded.batches import Batch, batches, encode, pad
 from flexbatch.embedded.score import scores
 from flexbatch.embedded.tasks import EVALUATED, TASKS, Task, evaluation_examples
-from flexbatch.embedded.tokenizer import train_tokenizer, word_numbers
+from flexbatch.embedded.tokenizer import save_tokenizer, train_tokenizer, word_numbers
 
 
 def gradients(model: OPTForCausalLM, batch: Batch, total: float) -> tuple[float, tuple[torch.Tensor, ...]]:
@@ -150,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(**options)
     tokenizer = train_tokenizer(plan.seed)
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output)
     model = train(plan, tokenizer, log_every, threads, output, state)
     model.save_pretrained(output)
     for name in EVALUATED:
