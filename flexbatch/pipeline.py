@@ -26,7 +26,7 @@ from flexbatch.stages.model import Model, find_model, find_model_to_plan
 from flexbatch.stages.opening import open_for
 from flexbatch.stages.planning import draw_frontier, make_plan, plan_run
 from flexbatch.stages.results import RunSummary, summarize_run
-from flexbatch.stages.tally import Tally
+from flexbatch.stages.tally import Tally, peak_memory
 from flexbatch.stages.work import Work, describe_work
 
 
@@ -98,6 +98,7 @@ def _generate(
             progress.finish(ledger.rows_done)
         finally:
             engine.close()
-    ledger.save_plan(plan_record(plan, tally.measured()))
-    print_table(predicted_against_measured(plan, tally.measured()))
+    measured = tally.measured(peak_memory(model.device))
+    ledger.save_plan(plan_record(plan, measured))
+    print_table(predicted_against_measured(plan, measured))
     print(totals_text(totals(last_attempt(read_timeline(ledger.folder)))), file=sys.stderr)

@@ -22,7 +22,7 @@ from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix, PrefixStore
 from flexbatch.engine.sampling import choose, log_probabilities
-from flexbatch.engine.schedule import MICRO_BATCH_TOKENS, joining_count, pack
+from flexbatch.engine.schedule import joining_count, pack
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
 from flexbatch.plan.policy import Tier
@@ -173,7 +173,7 @@ class Engine:
         for (kind, shared), members in _alike(rows, self._shared):
             prefix = self._prefix(shared, new_prefixes) if shared else None
             lengths = [max(len(row.fed_tokens) - len(shared), self._padded_width) for row in members]
-            for group in pack(lengths, MICRO_BATCH_TOKENS):
+            for group in pack(lengths):
                 chosen = [members[index] for index in group]
                 slots = [free.pop(0) for _ in chosen] if kind is _keeps_growing else []
                 batches.append(_Joining(chosen, slots, kind is _is_scored, prefix))

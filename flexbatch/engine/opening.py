@@ -23,6 +23,7 @@ from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Tier
+from flexbatch.plan.workload import column_slack
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNLIMITED = 1 << 62
@@ -106,11 +107,10 @@ def open_engine(
     counts = place_slots(stepped.num_layers, policy.slots, policy.kv)
     apart = stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
     span = min(options.span, options.own_span or options.span) if apart else options.span
-    slack = max(32, span // 4)
     return Engine(
         stepped,
         weights,
-        KVArena(counts, policy.slots, span, slack, storage),
+        KVArena(counts, policy.slots, span, column_slack(span), storage),
         storage,
         vocabulary,
         prefill_tokens=policy.prefill_tokens,

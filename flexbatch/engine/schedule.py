@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# A prefill micro-batch has about this many tokens: enough for the matrix products to run at full rate (512 rows and
-# more, see docs/benchmarks.md), few enough that activations stay small.
-MICRO_BATCH_TOKENS = 2048
+from flexbatch.plan.memory_need import MICRO_BATCH_TOKENS
 
 
 def joining_count(lengths: Sequence[int], free_slots: int, prefill_tokens: int) -> int:

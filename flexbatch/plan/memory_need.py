@@ -13,7 +13,8 @@ from flexbatch.plan.placement import place_bytes, place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, joining_limit, span
 
-# A prefill micro-batch has about this many padded tokens (the engine's schedule packs them so).
+# A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
+# run at full rate, few enough that activations stay small.
 MICRO_BATCH_TOKENS = 2048
 
 
