@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import OPTForCausalLM, PreTrainedTokenizerBase
 
@@ -15,8 +17,9 @@ def complete(
 ) -> list[str]:
     """Greedy completions, left-padded, cut at the first newline that follows text."""
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    generate: Any = model.generate
     with torch.inference_mode():
-        tokens = model.generate(
+        tokens = generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             max_new_tokens=max_new_tokens,

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flexbatch.embedded.architecture import POSITIONS
 from flexbatch.embedded.tasks import TASKS, training_example
@@ -59,7 +59,7 @@ def train_tokenizer(seed: int, examples_per_task: int = 1500) -> PreTrainedToken
     return wrapped
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes `tokenizer.json` and its config, with the class name that every version of Transformers knows."""
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
@@ -67,8 +67,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def word_numbers(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def word_numbers(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """For each token id a number that it shares with the same text with or without a leading space."""
     numbers: dict[str, int] = {}
-    texts = [tokenizer.convert_ids_to_tokens(token).removeprefix("\u0120") for token in range(len(tokenizer))]
+    texts = [token.removeprefix("\u0120") for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     return [numbers.setdefault(text, len(numbers)) for text in texts]
