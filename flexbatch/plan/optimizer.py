@@ -20,6 +20,10 @@ from flexbatch.plan.workload import PassLoad, Workload, schedule
 # No more rows in flight than this: beyond, weight traffic is long paid for and only latency grows.
 MOST_SLOTS = 4096
 
+# Prompts that fill more than this in one pass gain nothing by it, and a pass is what a kill loses: beyond, a pass takes
+# only what keeps the slots full.
+MOST_PREFILL_TOKENS = 32768
+
 # So many of the linear program's best candidates are predicted exactly.
 FINALISTS = 12
 
@@ -200,8 +204,9 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
         return [int(offload.prefill_tokens)]
     shown = workload if base.prefix_sharing else workload.without_sharing()
     steady = _joining(shown, slots)
+    most = max(steady, int(MOST_PREFILL_TOKENS // shown.own_tokens))
     joining = sorted({1, max(1, steady // 2), steady, steady + 1, 2 * steady, slots})
-    return [math.ceil(count * shown.own_tokens) for count in joining if count <= slots]
+    return [math.ceil(count * shown.own_tokens) for count in joining if count <= min(slots, most)]
 
 
 def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad, float], ...]:
