@@ -17,9 +17,9 @@ def complete(
 ) -> list[str]:
     """Greedy completions, left-padded, cut at the first newline that follows text."""
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    generate: Any = model.generate
+    engine: Any = model
     with torch.inference_mode():
-        tokens = generate(
+        tokens = engine.generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             max_new_tokens=max_new_tokens,

@@ -6,7 +6,7 @@ import json
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.embedded.instances import (
@@ -33,6 +33,7 @@ def test_the_same_seed_gives_the_same_instances(name: str) -> None:
     assert len(set(drawn)) > 40
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_exactly_one_rule_of_a_pattern_match_fits_its_result(seed: int) -> None:
     instance = pattern_match(Random(seed))
@@ -41,6 +42,7 @@ def test_exactly_one_rule_of_a_pattern_match_fits_its_result(seed: int) -> None:
     assert fitting == [instance.answer]
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_the_result_of_a_substitution_fits_its_rule(seed: int) -> None:
     instance = variable_substitution(Random(seed))
@@ -48,6 +50,7 @@ def test_the_result_of_a_substitution_fits_its_rule(seed: int) -> None:
     assert fits(rule.split(), instance.answer.split())
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_a_choice_has_four_different_answers_and_its_facts_state_the_right_one(seed: int) -> None:
     instance = facts_choice(Random(seed))
@@ -58,6 +61,7 @@ def test_a_choice_has_four_different_answers_and_its_facts_state_the_right_one(s
     assert any(words & set(fact.split()) for fact in stating)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_extracted_values_stand_in_their_document(seed: int) -> None:
     record = record_extraction(Random(seed))
@@ -68,6 +72,7 @@ def test_extracted_values_stand_in_their_document(seed: int) -> None:
     assert article.input.startswith(article.answer)
 
 
+@settings(deadline=None)
 @given(seeds, st.sampled_from(sorted(TASKS)))
 def test_training_prompts_never_hold_an_instance_of_the_evaluation(seed: int, name: str) -> None:
     task = TASKS[name]
