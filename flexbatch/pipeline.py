@@ -20,6 +20,7 @@ from flexbatch.report.plan_text import Plan, plan_lines, predicted_against_measu
 from flexbatch.report.progress import Progress
 from flexbatch.report.summary import closing_lines, invocation, print_summary, print_table
 from flexbatch.report.timeline import Timeline, last_attempt, read_timeline, totals, totals_text
+from flexbatch.report.trace import ChromeTrace
 from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
 from flexbatch.stages.model import Model, find_model, find_model_to_plan
@@ -77,7 +78,8 @@ def _generate(
     config: Config, model: Model, work: Work, plan: Plan, ledger: Ledger, writer: PartWriter, stop: StopSignal
 ) -> None:
     """The part of a run that needs the model in memory."""
-    engine = open_for(config, model, work, plan, ledger.scratch)
+    trace = ChromeTrace(Path(config.offload.trace)) if config.offload.trace else None
+    engine = open_for(config, model, work, plan, ledger.scratch, trace.event if trace else None)
     ledger.save_plan(plan_record(plan))
     tally = Tally()
     to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
@@ -98,6 +100,8 @@ def _generate(
             progress.finish(ledger.rows_done)
         finally:
             engine.close()
+            if trace:
+                trace.close()
     measured = tally.measured(peak_memory(model.device))
     ledger.save_plan(plan_record(plan, measured))
     print_table(predicted_against_measured(plan, measured))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,12 @@ class Weights:
         tensors = {**self._packed, **self._acquire(stop.name)} if streamed else self._packed
         for slot in (*streamed, *packed):
             slot.source.bind(slot.place, tensors, self._stepped.model)
+        started = time.perf_counter()
         try:
             yield
         finally:
+            if self._options.on_event is not None:
+                self._options.on_event("compute", stop.name, started, time.perf_counter(), 0)
             for slot in (*streamed, *packed):
                 slot.place.module._parameters[slot.place.name] = None
             if streamed and self._stream is not None:
