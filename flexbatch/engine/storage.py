@@ -23,7 +23,7 @@ class Storage:
     def zeros(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
         if tier is Tier.HOST:
-            return self._host.tensor(shape, dtype, what)
+            return self._host.tensor(shape, dtype, what).zero_()
         self.budgets[tier].reserve(nbytes, what)
         if tier is Tier.DISK:
             arena = DiskArena(self._disk_folder, nbytes)
