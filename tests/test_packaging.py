@@ -50,6 +50,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     extras = [text for group in PROJECT["optional-dependencies"].values() for text in group]
     declared = requirement_names([*PROJECT["dependencies"], *extras])
     for name, file in imported_packages().items():
+        if name == "helm":
+            continue  # its pins do not fit beside ours: integrations/helm.py runs in HELM's own environment
         assert distribution(name) in declared, f"{file} imports {name}"
     for name, file in imported_packages(core=True).items():
         assert distribution(name) in requirement_names(PROJECT["dependencies"]), f"{file} imports {name}"

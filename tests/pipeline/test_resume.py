@@ -213,7 +213,7 @@ def test_another_dataset_or_model_or_template_file_under_the_same_name_is_refuse
 def test_a_second_run_on_a_live_folder_is_refused_and_the_first_goes_on(
     command_line: CommandLine, small_model: Path, tmp_path: Path
 ) -> None:
-    dataset = write_rows(tmp_path / "many", shards=2, rows=160)
+    dataset = write_rows(tmp_path / "many", shards=2, rows=1500)
     command = overrides(small_model, dataset, tmp_path / "run", **OPTIONS)
     first = command_line.start(*command, cwd=tmp_path)
     wait_until_under_way(first, tmp_path / "run")
@@ -228,7 +228,7 @@ def test_a_second_run_on_a_live_folder_is_refused_and_the_first_goes_on(
     assert "running" in status.out
     finished = first.wait()
     assert finished.code == 0, finished.err
-    assert len({row["id"] for row in output_rows(tmp_path / "run")}) == 160
+    assert len({row["id"] for row in output_rows(tmp_path / "run")}) == 1500
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
