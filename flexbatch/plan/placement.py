@@ -47,6 +47,10 @@ def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, 
         host = min(max(0, wanted), slots - device)
         on_host += host
         counts.append((device, host))
+    missing = _rounded(num_layers * slots * shares.host) - on_host  # the last layers may have had no room for them
+    for layer, (device, host) in enumerate(counts):
+        more = min(max(0, missing), slots - device - host)
+        counts[layer], missing = (device, host + more), missing - more
     return counts
 
 
