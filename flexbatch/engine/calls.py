@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from flexbatch.engine.cache_layers import (
     CopyingPrefillLayer,
     DecodeLayer,
+    ExtendLayer,
     MergingDecodeLayer,
     MergingPrefillLayer,
     PrefillLayer,
@@ -97,6 +98,29 @@ class Caller:
             cache = Cache(layers=[CopyingPrefillLayer(layer, slots, end, prefix, own) for layer in layers])
             columns = torch.arange(len(prefix) + ids.shape[1], device=self.device)
             mask = (columns[None] >= ids.shape[1] - torch.tensor(own, device=self.device)[:, None]).long()
+        return self._call(ids, mask, positions, cache, logits_to_keep)
+
+    def extend(
+        self,
+        tokens: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        before: Sequence[int],
+        end: int,
+        logits_to_keep: int,
+    ) -> torch.Tensor:
+        """Logits of the last `logits_to_keep` of these tokens, float32 `[rows, logits_to_keep, vocabulary]`.
+
+        `tokens` (as many for each row) come after the `before` tokens that a row has in the arena already, and end at
+        column `end`. The first part of a prompt has none before it.
+        """
+        ids = torch.tensor([list(each) for each in tokens], device=self.device)
+        start = end + 1 - ids.shape[1]
+        cached = torch.tensor(before, device=self.device)
+        first = start - max(before)
+        columns = torch.arange(first, end + 1, device=self.device)
+        mask = (columns[None] >= (start - cached)[:, None]).long()
+        positions = cached[:, None] + torch.arange(ids.shape[1], device=self.device)[None]
+        cache = Cache(layers=[ExtendLayer(layer, slots, first, start) for layer in self.arena.layers])
         return self._call(ids, mask, positions, cache, logits_to_keep)
 
     def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,6 +85,20 @@ class LayerStore:
             if (stop := min(rows, s.first + s.count)) > s.first
         ]
 
+    def gather(
+        self, slots: Sequence[int], first: int, end: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[slots, heads, columns, head_dim]` of these slots in columns `first` to `end`, on `device`; a
+        view where that is possible."""
+        columns = slice(first, end + 1)
+        keys, values = [], []
+        for slot in slots:
+            segment = next(s for s in self.segments if s.first <= slot < s.first + s.count)
+            here = slice(slot - segment.first, slot - segment.first + 1)
+            keys.append(segment.keys[here, :, columns].to(device))
+            values.append(segment.values[here, :, columns].to(device))
+        return (keys[0], values[0]) if len(slots) == 1 else (torch.cat(keys), torch.cat(values))
+
     def move(self, source: int, target: int) -> None:
         """Copies slot `source` over slot `target`."""
         of = {slot: next(s for s in self.segments if s.first <= slot < s.first + s.count) for slot in (source, target)}
@@ -113,11 +127,16 @@ class KVArena:
     def advance(self) -> None:
         """The next pass's column; shifts the arena where the columns have run out."""
         self.end += 1
-        if self.end == self.columns:
-            by = self.columns - self.span
-            for layer in self.layers:
-                layer.shift(by)
-            self.end -= by
+        self.reserve(0)
+
+    def reserve(self, ahead: int) -> None:
+        """Sees to it that the columns up to `end + ahead` exist, `ahead` less than the slack; shifts the arena if not."""
+        if self.end + ahead < self.columns:
+            return
+        by = self.end - self.span
+        for layer in self.layers:
+            layer.shift(by)
+        self.end -= by
 
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:
