@@ -37,15 +37,25 @@ class MicroBatch:
         stop: Stop = value
         return stop
 
+    def give_up(self) -> None:
+        """Ends a call that is under way; what it had parked comes back."""
+        if self._greenlet:
+            self._greenlet.throw()
+
 
 def walk(micro_batches: Sequence[MicroBatch], ready: Ready) -> list[Any]:
     """One pass: all micro-batches through the model together, stop by stop. Returns what each call returned."""
-    waiting = [micro_batch.resume() for micro_batch in micro_batches]
-    while waiting and (stop := waiting[0]) is not None:
-        if any(other is not stop for other in waiting):
-            raise EngineError("The model's layers are met in different orders by different micro-batches.")
-        with ready(stop):
-            waiting = [micro_batch.resume() for micro_batch in micro_batches]
+    try:
+        waiting = [micro_batch.resume() for micro_batch in micro_batches]
+        while waiting and (stop := waiting[0]) is not None:
+            if any(other is not stop for other in waiting):
+                raise EngineError("The model's layers are met in different orders by different micro-batches.")
+            with ready(stop):
+                waiting = [micro_batch.resume() for micro_batch in micro_batches]
+    except BaseException:
+        for micro_batch in micro_batches:
+            micro_batch.give_up()
+        raise
     return [micro_batch.result for micro_batch in micro_batches]
 
 
@@ -60,9 +70,11 @@ def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) ->
         restore = parked(args[0] if args else kwargs["hidden_states"]) if parked is not None else None
         walker = getcurrent().parent
         assert walker is not None, "a stop was met outside a walk"
-        walker.switch(stop)
-        if restore is not None:
-            restore()
+        try:
+            walker.switch(stop)
+        finally:
+            if restore is not None:
+                restore()
         # The head gets the last positions of a prefill as a slice; on a strided batch of them torch's linear copies the
         # whole vocabulary matrix once for each row (a third of a small model's prefill).
         args = tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexbatch.engine.checkpoint_map import map_checkpoint
+from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import install_stops
-from flexbatch.engine.model import build
+from flexbatch.engine.model import SteppedModel, build
 from flexbatch.engine.packed_sources import pack_sources
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
@@ -87,10 +88,48 @@ def compute_dtype(choice: str, stored: Mapping[str, TensorEntry], device: torch.
     return common if common in DTYPES.values() else torch.float32
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What every use of a model needs: its modules, their weights, and room for the rest."""
+
+    stepped: SteppedModel
+    weights: Weights
+    storage: Storage
+
+    def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
+        counts = place_slots(self.stepped.num_layers, slots, policy.kv)
+        return KVArena(counts, slots, span, slack, self.storage)
+
+
 def open_engine(
     checkpoint: Checkpoint, policy: Policy, limits: Limits, vocabulary: Vocabulary, options: EngineOptions
 ) -> Engine:
     """An engine ready to run: residents loaded, the stream of the other weights under way."""
+    opened = _open(checkpoint, policy, limits, options)
+    apart = opened.stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
+    span = min(options.span, options.own_span or options.span) if apart else options.span
+    return Engine(
+        opened.stepped,
+        opened.weights,
+        opened.arena(policy, policy.slots, span, column_slack(span)),
+        opened.storage,
+        vocabulary,
+        prefill_tokens=policy.prefill_tokens,
+        shortest_part=policy.shortest_part,
+        padded_width=options.padded_width,
+        host_attention=policy.host_attention,
+        share_prefixes=policy.prefix_sharing and not options.padded_width,
+        constraints=options.constraints,
+    )
+
+
+def open_conversation(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: EngineOptions) -> Conversation:
+    """A conversation of at most `options.span` tokens, with its weights as `open_engine` has them."""
+    opened = _open(checkpoint, policy, limits, options)
+    return Conversation(opened.stepped, opened.weights, opened.arena(policy, 1, options.span, 0), opened.storage)
+
+
+def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: EngineOptions) -> _Opened:
     stepped = build(checkpoint.config, options.dtype)
     sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
     integers = policy.compute == "int8"
@@ -104,18 +143,4 @@ def open_engine(
     weights = Weights(stepped, sources, policy.weights, storage, stream)
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
     install_stops(stepped, parking.park if parking is not None else None)
-    counts = place_slots(stepped.num_layers, policy.slots, policy.kv)
-    apart = stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
-    span = min(options.span, options.own_span or options.span) if apart else options.span
-    return Engine(
-        stepped,
-        weights,
-        KVArena(counts, policy.slots, span, column_slack(span), storage),
-        storage,
-        vocabulary,
-        prefill_tokens=policy.prefill_tokens,
-        padded_width=options.padded_width,
-        host_attention=policy.host_attention,
-        share_prefixes=policy.prefix_sharing and not options.padded_width,
-        constraints=options.constraints,
-    )
+    return _Opened(stepped, weights, storage)

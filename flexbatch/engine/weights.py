@@ -104,6 +104,13 @@ class Weights:
     def statistics(self) -> StreamStatistics:
         return self._stream.statistics() if self._stream is not None else NO_STATISTICS
 
+    def rewind(self) -> None:
+        """Begins anew, after a pass that was given up on its way."""
+        if self._stream is not None and self._position:
+            self._stream.close()
+            self._position = 0
+            self._stream = self._open_stream()
+
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()

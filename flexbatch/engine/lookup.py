@@ -1,0 +1,100 @@
+"""What may come next, guessed without a model: the continuation of the last time that the newest tokens were seen.
+
+Prompt lookup decoding (Saxena, github.com/apoorvumang/prompt-lookup-decoding; the same idea as "inference with
+reference", arXiv 2304.04487). A guess is fed behind the newest token in one pass, and only what the model itself would
+have said of it is kept: a pass whose time goes into moving weights then brings several tokens instead of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LONGEST_DRAFT = 16
+LONGEST_MATCH = 4
+
+# What is believed of a guess before any was tried, as so many tokens right and as many wrong; and how much of what was
+# seen counts at each new step, so that a change of subject is noticed.
+PRIOR = 1.0
+MEMORY = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next, found by a match of `matched` tokens (0: there is none)."""
+
+    tokens: tuple[int, ...] = ()
+    matched: int = 0
+
+
+class TokenIndex:
+    """Where each run of one to `LONGEST_MATCH` tokens was last followed by something."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Makes the index that of `tokens`: what is new at their end is added; where they differ it starts anew."""
+        known = len(self._tokens)
+        if list(tokens[:known]) != self._tokens:
+            self._tokens, self._after, known = [], {}, 0
+        for place in range(known, len(tokens)):
+            # What ends just before `place` is followed by the token there; the newest tokens match nothing but earlier.
+            for size in range(1, min(LONGEST_MATCH, place) + 1):
+                self._after[tuple(tokens[place - size : place])] = place
+        self._tokens = list(tokens)
+
+    def draft(self) -> Draft:
+        """The continuation of the longest run at the end that was seen before."""
+        for size in range(min(LONGEST_MATCH, len(self._tokens)), 0, -1):
+            place = self._after.get(tuple(self._tokens[-size:]))
+            if place is not None:
+                return Draft(tuple(self._tokens[place : place + LONGEST_DRAFT]), size)
+        return Draft()
+
+
+def draft_length(pass_seconds: Sequence[float], acceptance: float) -> int:
+    """How many guessed tokens to feed: as many as bring the most tokens per second.
+
+    `pass_seconds[count]` is how long a pass takes that feeds the newest token and `count` guesses. Each guess is right
+    with probability `acceptance` if those before it were, so `count` of them bring 1 + a + a^2 + ... + a^count tokens.
+    """
+    best, best_rate, expected = 0, 0.0, 0.0
+    for count, seconds in enumerate(pass_seconds):
+        expected += acceptance**count
+        if expected / seconds > best_rate * (1 + 1e-9):
+            best, best_rate = count, expected / seconds
+    return best
+
+
+class Acceptance:
+    """How often guesses were right, for each length of match."""
+
+    def __init__(self) -> None:
+        self._right = [0.0] * (LONGEST_MATCH + 1)
+        self._wrong = [0.0] * (LONGEST_MATCH + 1)
+
+    def share(self, matched: int) -> float:
+        right, wrong = self._right[matched] + PRIOR, self._wrong[matched] + PRIOR
+        return right / (right + wrong)
+
+    def learn(self, draft: Draft, came: Sequence[int]) -> None:
+        """`came` is what the model said, one token or more; a guess that was not fed teaches too, by its first."""
+        if not draft.matched:
+            return
+        right = agreeing(draft.tokens, came)
+        compared = min(len(draft.tokens), len(came))
+        place = draft.matched
+        self._right[place] = self._right[place] * MEMORY + right
+        self._wrong[place] = self._wrong[place] * MEMORY + (right < compared)
+
+
+def agreeing(guessed: Sequence[int], said: Sequence[int]) -> int:
+    """How many tokens the two have in common from the start."""
+    count = 0
+    for one, other in zip(guessed, said, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
