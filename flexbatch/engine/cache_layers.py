@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.engine.attention import OwnKeys, SharedKeys, carry
-from flexbatch.engine.kv_arena import LayerStore
-from flexbatch.plan.policy import Tier
+from flexbatch.engine.attention import SharedKeys, carry
+from flexbatch.engine.kv_arena import KeysAndValues, LayerStore
 
 if TYPE_CHECKING:
     from flexbatch.engine.prefix import Prefix
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -48,10 +45,10 @@ class DecodeLayer(_View):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
-        parts = self._store.read(self._rows, self._first, self._end)
-        keys = [part.keys.to(key_states.device) for part in parts]
-        values = [part.values.to(key_states.device) for part in parts]
-        return (keys[0], values[0]) if len(parts) == 1 else (torch.cat(keys), torch.cat(values))
+        parts = self._store.read(self._rows, self._first, self._end, key_states.device)
+        if len(parts) == 1:
+            return parts[0].keys, parts[0].values
+        return torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._end - self._first + query_length, 0
@@ -63,7 +60,8 @@ class DecodeLayer(_View):  # type: ignore[no-untyped-call]
 class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     """A decode batch under `attention.merging_attention`: tiers stay apart, and prefixes come before their rows.
 
-    With `host_attention` the queries go to the keys on the host, otherwise those keys come to the device.
+    With `host_attention` the queries go to the keys on the host, otherwise (and where they are packed) those keys come
+    to the device.
     """
 
     def __init__(
@@ -82,14 +80,10 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
-        index, device = self._store.index, key_states.device
-        parts = []
-        for part in self._store.read(self._rows, self._first, self._end):
-            stays = part.tier is Tier.HOST and self._host_attention
-            place = part.keys.device if stays else device
-            parts.append(
-                OwnKeys(part.keys.to(place), part.values.to(place), slice(part.first, part.first + part.count))
-            )
+        index = self._store.index
+        parts = self._store.read(
+            self._rows, self._first, self._end, key_states.device, host_attention=self._host_attention
+        )
         shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
         return carry(parts[0].keys, shared, parts if len(parts) > 1 else ()), parts[0].values
 
@@ -104,13 +98,15 @@ class PrefillLayer(_View):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        self._write(key_states, value_states)
-        return key_states, value_states
+        return self._kept(key_states, value_states)
 
-    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _kept(self, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
+        """Writes them; what the cache has left of them is what attention sees, here as in every later pass."""
+        parts = self._store.pack(keys, values)
         if self._slots:
             self._store.prepare(keys, values)
-            self._store.write_prompts(self._slots, self._end, keys, values)
+            self._store.write_prompts(self._slots, self._end, parts)
+        return self._store.seen(parts, keys, values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -129,11 +125,9 @@ class MergingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        self._write(key_states, value_states)
+        keys, values = self._kept(key_states, value_states)
         index = self._store.index
-        return carry(
-            key_states, [SharedKeys(self._prefix.keys[index], self._prefix.values[index], self._rows)]
-        ), value_states
+        return carry(keys, [SharedKeys(self._prefix.keys[index], self._prefix.values[index], self._rows)]), values
 
 
 class CopyingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
@@ -153,8 +147,7 @@ class CopyingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
         index = self._store.index
         keys = self._joined(self._prefix.keys[index], key_states)
         values = self._joined(self._prefix.values[index], value_states)
-        self._write(keys, values)
-        return keys, values
+        return self._kept(keys, values)
 
     def _joined(self, prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         width = states.shape[2]
@@ -183,7 +176,7 @@ class ExtendLayer(_View):  # type: ignore[no-untyped-call]
     ) -> KeysAndValues:
         end = self._start + key_states.shape[2] - 1
         self._store.prepare(key_states, value_states)
-        self._store.write_prompts(self._slots, end, key_states, value_states)
+        self._store.write_prompts(self._slots, end, self._store.pack(key_states, value_states))
         return self._store.gather(self._slots, self._first, end, key_states.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -194,21 +187,34 @@ class ExtendLayer(_View):  # type: ignore[no-untyped-call]
 
 
 class PrefixLayer(_View):  # type: ignore[no-untyped-call]
-    """The forward that computes a prefix: keeps each layer's keys and values."""
+    """The forward that computes a prefix that attention merges: keeps each layer's keys and values as they are seen."""
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, store: LayerStore, prefix: Prefix) -> None:
         super().__init__(len(prefix))
-        self._prefix = prefix
+        self._store, self._prefix = store, prefix
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        self._prefix.keys.append(key_states.contiguous())
-        self._prefix.values.append(value_states.contiguous())
-        return key_states, value_states
+        seen = self._seen(key_states, value_states)
+        self._prefix.keep(*seen)
+        return seen
+
+    def _seen(self, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
+        return self._store.seen(self._store.pack(keys, values), keys, values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
     def get_seq_length(self) -> int:
         return 0
+
+
+class CopiedPrefixLayer(PrefixLayer):  # type: ignore[no-untyped-call]
+    """The same for a prefix that is copied in front of rows: kept as it was made, because it is packed with them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._prefix.keep(key_states, value_states)
+        return self._seen(key_states, value_states)

@@ -13,12 +13,14 @@ import torch
 from transformers.cache_utils import Cache
 
 from flexbatch.engine.cache_layers import (
+    CopiedPrefixLayer,
     CopyingPrefillLayer,
     DecodeLayer,
     ExtendLayer,
     MergingDecodeLayer,
     MergingPrefillLayer,
     PrefillLayer,
+    PrefixLayer,
 )
 from flexbatch.engine.kv_arena import KVArena, LayerStore
 from flexbatch.engine.model import SteppedModel
@@ -69,7 +71,9 @@ class Caller:
         """The keys and values of a prefix."""
         ids = torch.tensor([prefix.tokens], device=self.device)
         positions = torch.arange(len(prefix), device=self.device)[None]
-        self._call(ids, torch.ones_like(ids), positions, prefix.cache(self.stepped.num_layers), 1)
+        kind = PrefixLayer if self.stepped.merges_prefixes else CopiedPrefixLayer
+        cache = Cache(layers=[kind(layer, prefix) for layer in self.arena.layers])
+        self._call(ids, torch.ones_like(ids), positions, cache, 1)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[int], logits_to_keep: int, width: int = 0

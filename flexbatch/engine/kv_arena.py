@@ -4,125 +4,211 @@ All live rows end at the same column `end`, so the decode batch is an ordinary l
 joining prompt writes its keys and values into the columns up to `end`. When the columns run out, the arena is shifted
 to the left by what no live row needs any more.
 
-Layout of one segment: `[slots, heads, columns, head_dim]`. Everything starts as zeros, because a masked position still
+Layout of one segment: the parts of `KVForm`, `[slots, heads, columns, ...]`, token by token, so that all that moves
+columns and slots is the same for plain and packed tokens. Everything starts as zeros, because a masked position still
 multiplies its value by a weight of zero, which must not meet a NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from flexbatch.engine.attention import OwnKeys
+from flexbatch.engine.kv_form import KVForm, Parts, kv_form
 from flexbatch.engine.storage import Storage
 from flexbatch.plan.policy import Tier
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The slots `first` to `first + count - 1` of one layer, on one tier."""
+    """The slots `first` to `first + count - 1` of one layer, on one tier. `parts` are those of keys, then of values."""
 
     tier: Tier
     first: int
     count: int
-    keys: torch.Tensor
-    values: torch.Tensor
+    parts: Parts
+
+
+class Expansion:
+    """Room on the device in which packed keys and values are unpacked for one call at a time, layer after layer."""
+
+    def __init__(self, slots: int, span: int, storage: Storage) -> None:
+        self._tokens, self._storage = slots * span, storage
+        self._rooms: dict[str, torch.Tensor] = {}
+
+    def room(self, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for `what`, `[rows, heads, tokens, head_dim]`, overwritten the next time; admitted at first."""
+        rows, heads, tokens, size = shape
+        if what not in self._rooms:
+            count = max(self._tokens, rows * tokens) * heads * size
+            self._rooms[what] = self._storage.zeros(Tier.DEVICE, (count,), dtype, "expanded KV cache")
+        room = self._rooms[what]
+        if room.numel() < rows * heads * tokens * size or room.dtype != dtype:
+            return torch.empty(shape, dtype=dtype, device=room.device)  # a layer of another shape than the first
+        return room[: rows * heads * tokens * size].view(shape)
 
 
 class LayerStore:
     """One layer's arena. Its segments are made when the first keys arrive and show heads, sizes and type."""
 
-    def __init__(self, index: int, slots: int, columns: int, counts: tuple[int, int], storage: Storage) -> None:
+    def __init__(
+        self,
+        index: int,
+        slots: int,
+        columns: int,
+        counts: tuple[int, int],
+        storage: Storage,
+        form: KVForm,
+        expansion: Expansion,
+    ) -> None:
         self.index, self.slots, self.columns = index, slots, columns
         self.segments: list[Segment] = []
         self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
-        self._storage = storage
+        self._storage, self._form, self._expansion = storage, form, expansion
+        self._dtype = torch.float32
+        self._sizes: tuple[int, int] = (0, 0)
 
     def prepare(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Makes room for keys and values shaped like these `[rows, heads, tokens, head_dim]`."""
         if self.segments:
             return
+        self._dtype, self._sizes = keys.dtype, (keys.shape[3], values.shape[3])
         first = 0
         for tier, count in self._counts.items():
             if count:
-                made = [
-                    self._storage.zeros(tier, (count, new.shape[1], self.columns, new.shape[3]), new.dtype, "KV cache")
+                parts = tuple(
+                    self._storage.zeros(tier, (count, new.shape[1], self.columns, size), dtype, "KV cache")
                     for new in (keys, values)
-                ]
-                self.segments.append(Segment(tier, first, count, made[0], made[1]))
+                    for size, dtype in self._form.stored(new.shape[3], new.dtype)
+                )
+                self.segments.append(Segment(tier, first, count, parts))
                 first += count
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
+        """Keys and values as they are stored."""
+        return (*self._form.pack(keys), *self._form.pack(values))
+
+    def seen(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
+        """What attention gets for these keys and values: themselves, or what packing them to `parts` has left."""
+        if not self._form.is_packed:
+            return keys, values
+        half = len(parts) // 2
+        seen = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (keys, values)]
+        self._form.unpack(parts[:half], seen[0])
+        self._form.unpack(parts[half:], seen[1])
+        return seen[0], seen[1]
 
     def write_column(self, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One new token of the slots 0 to rows - 1: `[rows, heads, 1, head_dim]` into `column`."""
+        made = self.pack(keys, values)
         for segment in self.segments:
             stop = min(keys.shape[0], segment.first + segment.count)
             if stop > segment.first:
-                rows = slice(segment.first, stop)
-                segment.keys[: stop - segment.first, :, column] = keys[rows, :, 0]
-                segment.values[: stop - segment.first, :, column] = values[rows, :, 0]
+                for room, new in zip(segment.parts, made, strict=True):
+                    room[: stop - segment.first, :, column] = new[segment.first : stop, :, 0]
 
-    def write_prompts(self, slots: Sequence[int], end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Prompts `[rows, heads, width, head_dim]` into their slots, in the columns up to and including `end`."""
-        columns = slice(end + 1 - keys.shape[2], end + 1)
+    def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
+        """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
+        columns = slice(end + 1 - parts[0].shape[2], end + 1)
         for row, slot in enumerate(slots):
-            segment = next(s for s in self.segments if s.first <= slot < s.first + s.count)
-            segment.keys[slot - segment.first, :, columns] = keys[row]
-            segment.values[slot - segment.first, :, columns] = values[row]
+            segment = self._segment(slot)
+            for room, new in zip(segment.parts, parts, strict=True):
+                room[slot - segment.first, :, columns] = new[row]
 
-    def read(self, rows: int, first: int, end: int) -> list[Segment]:
-        """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, tier by tier; views."""
-        columns = slice(first, end + 1)
-        return [
-            Segment(
-                s.tier,
-                s.first,
-                stop - s.first,
-                s.keys[: stop - s.first, :, columns],
-                s.values[: stop - s.first, :, columns],
-            )
-            for s in self.segments
-            if (stop := min(rows, s.first + s.count)) > s.first
+    def read(
+        self, rows: int, first: int, end: int, device: torch.device, *, host_attention: bool = False
+    ) -> list[OwnKeys]:
+        """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, on `device`: views where that is
+        possible, tier by tier. With `host_attention` plain ones on the host stay there."""
+        blocks = [
+            (segment, slice(0, stop - segment.first), slice(segment.first, stop))
+            for segment in self.segments
+            if (stop := min(rows, segment.first + segment.count)) > segment.first
         ]
-
-    def gather(
-        self, slots: Sequence[int], first: int, end: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[slots, heads, columns, head_dim]` of these slots in columns `first` to `end`, on `device`; a
-        view where that is possible."""
         columns = slice(first, end + 1)
-        keys, values = [], []
-        for slot in slots:
-            segment = next(s for s in self.segments if s.first <= slot < s.first + s.count)
-            here = slice(slot - segment.first, slot - segment.first + 1)
-            keys.append(segment.keys[here, :, columns].to(device))
-            values.append(segment.values[here, :, columns].to(device))
+        if self._form.is_packed:
+            return [OwnKeys(*self._unpacked(blocks, rows, columns), slice(0, rows))]
+        read = []
+        for segment, inside, outside in blocks:
+            keys, values = (part[inside, :, columns] for part in segment.parts)
+            if not (host_attention and segment.tier is Tier.HOST):
+                keys, values = keys.to(device), values.to(device)
+            read.append(OwnKeys(keys, values, outside))
+        return read
+
+    def gather(self, slots: Sequence[int], first: int, end: int, device: torch.device) -> KeysAndValues:
+        """Keys and values `[slots, heads, columns, head_dim]` of these slots in columns `first` to `end`, on `device`;
+        a view where that is possible."""
+        columns = slice(first, end + 1)
+        blocks = [
+            (segment, slice(slot - segment.first, slot - segment.first + 1), slice(row, row + 1))
+            for row, slot in enumerate(slots)
+            for segment in (self._segment(slot),)
+        ]
+        if self._form.is_packed:
+            return self._unpacked(blocks, len(slots), columns)
+        keys, values = (
+            [segment.parts[which][inside, :, columns].to(device) for segment, inside, _ in blocks] for which in (0, 1)
+        )
         return (keys[0], values[0]) if len(slots) == 1 else (torch.cat(keys), torch.cat(values))
 
     def move(self, source: int, target: int) -> None:
         """Copies slot `source` over slot `target`."""
-        of = {slot: next(s for s in self.segments if s.first <= slot < s.first + s.count) for slot in (source, target)}
-        for name in ("keys", "values"):
-            getattr(of[target], name)[target - of[target].first] = getattr(of[source], name)[source - of[source].first]
+        of = {slot: self._segment(slot) for slot in (source, target)}
+        for old, new in zip(of[source].parts, of[target].parts, strict=True):
+            new[target - of[target].first] = old[source - of[source].first]
 
     def shift(self, by: int) -> None:
         """Moves all columns to the left by `by`, slot by slot so that the copy stays small."""
         for segment in self.segments:
-            for store in (segment.keys, segment.values):
-                for slot in store:
+            for part in segment.parts:
+                for slot in part:
                     slot[:, : self.columns - by] = slot[:, by:].clone()
+
+    def _segment(self, slot: int) -> Segment:
+        return next(s for s in self.segments if s.first <= slot < s.first + s.count)
+
+    def _unpacked(self, blocks: Iterable[tuple[Segment, slice, slice]], rows: int, columns: slice) -> KeysAndValues:
+        """Slots of segments (the second of a block) as rows of a batch (the third), in the one room for that."""
+        half, tokens = len(self.segments[0].parts) // 2, columns.stop - columns.start
+        keys, values = (
+            self._expansion.room(what, (rows, self.segments[0].parts[at].shape[1], tokens, size), self._dtype)
+            for what, at, size in zip(("keys", "values"), (0, half), self._sizes, strict=True)
+        )
+        for segment, inside, outside in blocks:
+            parts = tuple(part[inside, :, columns] for part in segment.parts)
+            self._form.unpack(parts[:half], keys[outside])
+            self._form.unpack(parts[half:], values[outside])
+        return keys, values
 
 
 class KVArena:
     """All layers' stores, and the column `end` at which every live row ends.
 
-    `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts.
+    `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts,
+    `bits` 16 (as the model made them), 8 or 4.
     """
 
-    def __init__(self, counts: Sequence[tuple[int, int]], slots: int, span: int, slack: int, storage: Storage) -> None:
+    def __init__(
+        self,
+        counts: Sequence[tuple[int, int]],
+        slots: int,
+        span: int,
+        slack: int,
+        storage: Storage,
+        bits: int = 16,
+    ) -> None:
         self.span, self.slots, self.columns = span, slots, span + slack
         self.end = span - 1
-        self.layers = [LayerStore(index, slots, self.columns, each, storage) for index, each in enumerate(counts)]
+        form, expansion = kv_form(bits), Expansion(slots, span, storage)
+        self.layers = [
+            LayerStore(index, slots, self.columns, each, storage, form, expansion) for index, each in enumerate(counts)
+        ]
 
     def advance(self) -> None:
         """The next pass's column; shifts the arena where the columns have run out."""
@@ -130,7 +216,7 @@ class KVArena:
         self.reserve(0)
 
     def reserve(self, ahead: int) -> None:
-        """Sees to it that the columns up to `end + ahead` exist, `ahead` less than the slack; shifts the arena if not."""
+        """Sees to it that the columns up to `end + ahead` (`ahead` less than the slack) exist; else shifts it."""
         if self.end + ahead < self.columns:
             return
         by = self.end - self.span

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from flexbatch.engine.model import SteppedModel, build
 from flexbatch.errors import ModelError
-from flexbatch.plan.model_spec import LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
+from flexbatch.plan.model_spec import AttentionShape, LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
 
 
 def spec_from_config(
@@ -35,9 +35,7 @@ def spec_from_config(
             remedy="Correct the field that the message names in the model's config.json or in model.config.",
         ) from error
     layers = tuple(
-        _layer(stop.module, config, attention.query_size, attention.kv_size, attention.windows[stop.layer])
-        for stop in stepped.stops
-        if stop.layer is not None
+        _layer(stop.module, config, attention, stop.layer) for stop in stepped.stops if stop.layer is not None
     )
     outside = _outside(stepped)
     total = sum(parameter.numel() for parameter in stepped.model.parameters())
@@ -89,7 +87,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size: int, window: int) -> LayerSpec:
+def _layer(layer: nn.Module, config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
     parameters = list(layer.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     experts = [parameter for parameter in matrices if parameter.ndim == 3]
@@ -99,9 +97,10 @@ def _layer(layer: nn.Module, config: PreTrainedConfig, query_size: int, kv_size:
     return LayerSpec(
         tensors=tuple((parameter.numel(), parameter.ndim >= 2) for parameter in parameters),
         active_parameters=sum(parameter.numel() for parameter in matrices) - idle,
-        query_size=query_size,
-        kv_size=kv_size,
-        window=window,
+        query_size=attention.query_size,
+        kv_size=attention.kv_size,
+        window=attention.windows[index],
+        head_sizes=attention.head_sizes,
     )
 
 

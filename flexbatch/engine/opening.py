@@ -98,7 +98,7 @@ class _Opened:
 
     def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
         counts = place_slots(self.stepped.num_layers, slots, policy.kv)
-        return KVArena(counts, slots, span, slack, self.storage)
+        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits)
 
 
 def open_engine(

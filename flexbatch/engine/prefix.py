@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache
 
-from flexbatch.engine.cache_layers import PrefixLayer
 from flexbatch.memory.tiers import TierBudget
 
 
@@ -33,9 +31,10 @@ class Prefix:
     def nbytes(self) -> int:
         return sum(store.numel() * store.element_size() for store in (*self.keys, *self.values))
 
-    def cache(self, num_layers: int) -> Cache:
-        """A cache that keeps what a forward over `tokens` computes."""
-        return Cache(layers=[PrefixLayer(self) for _ in range(num_layers)])
+    def keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The next layer's."""
+        self.keys.append(keys.contiguous())
+        self.values.append(values.contiguous())
 
 
 class PrefixStore:

@@ -23,8 +23,8 @@ GROUP_BYTES = 4
 INTEGERS = 0
 INTEGER_ROW = 1024
 
-# The KV cache is quantised in groups of 32 numbers, again with a scale and a minimum of two bytes.
-KV_GROUP = 32
+# The KV cache is quantised in groups of at most 32 numbers, again with a scale and a minimum of two bytes.
+LARGEST_KV_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class LayerSpec:
     `tensors` are (numbers, is a matrix) in the order of registration; matrices are what 8 and 4 bits pack.
     `active_parameters` of the matrices multiply one token (fewer than all where experts are chosen). `query_size` is
     query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and values of all KV
-    heads), `window` the attended positions (0: all).
+    heads, `head_sizes` each), `window` the attended positions (0: all).
     """
 
     tensors: tuple[tuple[int, bool], ...]
@@ -42,6 +42,14 @@ class LayerSpec:
     query_size: int
     kv_size: int
     window: int = 0
+    head_sizes: tuple[int, int] = (LARGEST_KV_GROUP, LARGEST_KV_GROUP)
+
+    def kv_bytes(self, bits: int, number_bytes: int) -> int:
+        """Cache bytes of one token; `number_bytes` is the size of a number that is not packed."""
+        if bits == 16:
+            return self.kv_size * number_bytes
+        heads = self.kv_size // sum(self.head_sizes)
+        return heads * sum(packed_head_bytes(size, bits) for size in self.head_sizes)
 
     @property
     def parameters(self) -> int:
@@ -149,9 +157,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, bits: int = 16, number_bytes: int = 2) -> float:
         """Cache bytes that one token needs over all layers. `number_bytes` is the size of an uncompressed entry."""
-        if bits == 16:
-            return float(self.kv_numbers_per_token * number_bytes)
-        return self.kv_numbers_per_token * (bits / 8 + GROUP_BYTES / KV_GROUP)
+        return float(sum(layer.kv_bytes(bits, number_bytes) for layer in self.layers))
 
     @cached_property
     def linear_flops_per_token(self) -> int:
@@ -199,13 +205,29 @@ def packed_bytes(numbers: int, bits: int, group: int) -> int:
     return numbers * bits // 8 + -(-numbers // group) * GROUP_BYTES
 
 
+def kv_group_size(head_size: int) -> int:
+    """Numbers of one head that share a scale and a minimum: the largest even divisor of the head up to 32, so that
+    nothing is filled up; 32 where all of these are small."""
+    divisors = [size for size in range(2, LARGEST_KV_GROUP + 1, 2) if head_size % size == 0]
+    best = max(divisors, default=0)
+    return best if best >= min(head_size, LARGEST_KV_GROUP // 4) else LARGEST_KV_GROUP
+
+
+def packed_head_bytes(head_size: int, bits: int) -> int:
+    """Bytes of one token's keys (or values) of one head in `bits`."""
+    groups = -(-head_size // kv_group_size(head_size))
+    return groups * (kv_group_size(head_size) * bits // 8 + GROUP_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What the config says about attention: `windows` has one entry per layer, 0 where all positions are seen."""
+    """What the config says about attention: `head_sizes` of keys and values, `windows` with one entry per layer, 0
+    where all positions are seen."""
 
     num_hidden_layers: int
     query_size: int
     kv_size: int
+    head_sizes: tuple[int, int]
     windows: tuple[int, ...]
 
 
@@ -254,8 +276,10 @@ def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
     if config.get("kv_lora_rank"):  # multi-head latent attention: Transformers caches expanded keys and values
         nope, rope = config.get("qk_nope_head_dim", head_size), config.get("qk_rope_head_dim", 0)
         value_size = config.get("v_head_dim", head_size)
-        return AttentionShape(layers, heads * (nope + rope), heads * (nope + rope + value_size), windows)
-    return AttentionShape(layers, heads * head_size, 2 * _kv_heads(config, heads) * head_size, windows)
+        sizes = (nope + rope, value_size)
+        return AttentionShape(layers, heads * (nope + rope), heads * sum(sizes), sizes, windows)
+    kv_size = 2 * _kv_heads(config, heads) * head_size
+    return AttentionShape(layers, heads * head_size, kv_size, (head_size, head_size), windows)
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
