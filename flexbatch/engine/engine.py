@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -17,14 +17,16 @@ import torch
 
 from flexbatch.engine.calls import Caller, DecodeRow
 from flexbatch.engine.growing import ConstraintState, Decoder, GrowingRow, finish
+from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix, PrefixStore
 from flexbatch.engine.sampling import choose, log_probabilities
-from flexbatch.engine.schedule import joining_count, pack
+from flexbatch.engine.schedule import pack
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
+from flexbatch.plan.admission import Admission
 from flexbatch.plan.policy import Tier
 from flexbatch.records import Completion, PassResult, Request
 
@@ -53,16 +55,6 @@ class _Pass:
     decode_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class _Joining:
-    """A prefill micro-batch: rows that go on growing (or end at once), or requests to score."""
-
-    rows: list[GrowingRow]
-    slots: list[int]
-    scored: bool
-    prefix: Prefix | None = None
-
-
 class Engine:
     """Generates for a stream of requests. `run` yields after every pass; `close` gives all memory back."""
 
@@ -75,6 +67,7 @@ class Engine:
         vocabulary: Vocabulary,
         *,
         prefill_tokens: int,
+        shortest_part: int = 0,
         padded_width: int = 0,
         share_prefixes: bool = True,
         host_attention: bool = False,
@@ -84,7 +77,8 @@ class Engine:
         self._caller = Caller(stepped, arena, storage.device, host_attention)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
-        self._prefill_tokens, self._padded_width = prefill_tokens, padded_width
+        self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
+        self._entering: Entering | None = None
         self._slots: list[GrowingRow | None] = [None] * arena.slots
         self._waiting: deque[GrowingRow] = deque()
 
@@ -94,7 +88,7 @@ class Engine:
             started, before = time.perf_counter(), self._weights.statistics()
             this = _Pass()
             self._fetch(requests, this)
-            if not this.completions and not self._waiting and not self._live:
+            if not (this.completions or self._waiting or self._live or self._entering):
                 return
             with torch.inference_mode():
                 self._one_pass(this)
@@ -106,7 +100,7 @@ class Engine:
                     row.request.index: (row.logprobs[-1],) for row in this.grown if row.request.sampling.logprobs
                 },
                 seconds=time.perf_counter() - started,
-                rows_in_flight=len(self._live),
+                rows_in_flight=len(self._live) + (self._entering is not None),
                 prefill_tokens=this.prefill_tokens,
                 decode_tokens=this.decode_tokens,
                 waits={"weights": after.wait_seconds - before.wait_seconds},
@@ -146,38 +140,62 @@ class Engine:
 
     def _one_pass(self, this: _Pass) -> None:
         self._arena.advance()
-        joining, new_prefixes = self._join(this)
-        self._fill_holes(joining)
+        parts, joining, new_prefixes = self._join(this)
+        self._fill_holes(parts, joining)
         decoding = self._decoding()
         batches = [MicroBatch(decoding)] if decoding is not None else []
         batches += [MicroBatch(partial(self._caller.compute, prefix)) for prefix in new_prefixes]
+        batches += [MicroBatch(partial(self._extend, part)) for part in parts]
         batches += [MicroBatch(partial(self._prefill, batch)) for batch in joining]
         results = walk(batches, self._weights.ready)
         if decoding is not None:
             self._settle_decoded(results.pop(0), this)
-        for batch, logits in zip(joining, results[len(new_prefixes) :], strict=True):
+        del results[: len(new_prefixes)]
+        for part in parts:
+            self._settle_part(part, results.pop(0), this)
+        for batch, logits in zip(joining, results, strict=True):
             self._settle(batch, logits, this)
         if self._prefixes is not None:
             for prefix in new_prefixes:
                 self._prefixes.admit(prefix)
             self._prefixes.keep_only(row.shared_tokens for row in (*self._live, *self._waiting))
 
-    def _join(self, this: _Pass) -> tuple[list[_Joining], list[Prefix]]:
-        """Takes the prompts that are prefilled in this pass out of the waiting line: micro-batches with slots, and
-        the prefixes that must be computed before them."""
-        free = [slot for slot, row in enumerate(self._slots) if row is None]
+    def _join(self, this: _Pass) -> tuple[list[Part], list[Joining], list[Prefix]]:
+        """Takes the prompts that are prefilled in this pass out of the waiting line: parts of long ones, micro-batches
+        with slots, and the prefixes that must be computed before them."""
+        entering = self._entering
+        free = [slot for slot, row in enumerate(self._slots) if row is None and (not entering or slot != entering.slot)]
         own = [len(row.fed_tokens) - len(self._shared(row)) for row in self._waiting]
-        rows = [self._waiting.popleft() for _ in range(joining_count(own, len(free), self._prefill_tokens))]
+        splittable = [self._may_be_split(row) for row in self._waiting]
+        admitted = self._admission.admit(own, splittable, len(free), idle=not self._live and entering is None)
+        if admitted.sizes:
+            self._arena.reserve(len(admitted.sizes) - 1)
+        joining, new_prefixes = self._batches([self._waiting.popleft() for _ in range(admitted.whole)], free)
+        parts = [entering.next_part(self._arena.end)] if entering is not None else []
+        if admitted.complete:
+            self._entering = None
+        if admitted.sizes:
+            self._entering = Entering(self._waiting.popleft(), free.pop(0), list(admitted.sizes))
+            parts.append(self._entering.next_part(self._arena.end))
+        this.prefill_tokens += sum(len(part.tokens) for part in parts) + sum(own[: admitted.whole])
+        this.prefill_tokens += sum(len(prefix) for prefix in new_prefixes)
+        return parts, joining, new_prefixes
+
+    def _may_be_split(self, row: GrowingRow) -> bool:
+        """Rows with a shared prefix are short without it, and those that need no slot have nowhere to keep a part."""
+        return keeps_growing(row) and not self._shared(row) and not self._padded_width
+
+    def _batches(self, rows: list[GrowingRow], free: list[int]) -> tuple[list[Joining], list[Prefix]]:
+        """Whole prompts as micro-batches; those that go on growing take slots from `free`."""
         new_prefixes: list[Prefix] = []
         batches = []
-        for (kind, shared), members in _alike(rows, self._shared):
+        for (kind, shared), members in alike(rows, self._shared):
             prefix = self._prefix(shared, new_prefixes) if shared else None
             lengths = [max(len(row.fed_tokens) - len(shared), self._padded_width) for row in members]
             for group in pack(lengths):
                 chosen = [members[index] for index in group]
-                slots = [free.pop(0) for _ in chosen] if kind is _keeps_growing else []
-                batches.append(_Joining(chosen, slots, kind is _is_scored, prefix))
-        this.prefill_tokens += sum(own[: len(rows)]) + sum(len(prefix) for prefix in new_prefixes)
+                slots = [free.pop(0) for _ in chosen] if kind is keeps_growing else []
+                batches.append(Joining(chosen, slots, kind is is_scored, prefix))
         return batches, new_prefixes
 
     def _shared(self, row: GrowingRow) -> tuple[int, ...]:
@@ -190,9 +208,10 @@ class Engine:
             new_prefixes.append(prefix)
         return prefix
 
-    def _fill_holes(self, joining: list[_Joining]) -> None:
+    def _fill_holes(self, parts: list[Part], joining: list[Joining]) -> None:
         """Moves rows from the end into empty slots before them that nobody joins, so that the decode batch is dense."""
         taken = {slot for batch in joining for slot in batch.slots}
+        taken |= {part.of.slot for part in parts}
         occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
         holes = [slot for slot, row in enumerate(self._slots) if row is None and slot not in taken]
         for hole, last in zip(holes, reversed(occupied), strict=False):
@@ -212,13 +231,21 @@ class Engine:
         ]
         return partial(self._caller.decode, rows)
 
-    def _prefill(self, batch: _Joining) -> torch.Tensor:
+    def _prefill(self, batch: Joining) -> torch.Tensor:
         keep = max(1, *(row.request.score_tokens for row in batch.rows))
         if batch.prefix is None:
             prompts = [row.fed_tokens for row in batch.rows]
             return self._caller.prefill(prompts, batch.slots, keep, self._padded_width)
         own = [row.fed_tokens[len(batch.prefix) :] for row in batch.rows]
         return self._caller.prefill_after(batch.prefix, own, batch.slots, keep)
+
+    def _extend(self, part: Part) -> torch.Tensor:
+        return self._caller.extend([part.tokens], [part.of.slot], [part.before], part.last, 1)
+
+    def _settle_part(self, part: Part, logits: torch.Tensor, this: _Pass) -> None:
+        """The last part of a prompt gives its row the first token."""
+        if part.completes:
+            self._settle(Joining([part.of.row], [part.of.slot], scored=False), logits, this)
 
     def _settle_decoded(self, logits: torch.Tensor, this: _Pass) -> None:
         """One more token for every live row; those that are done leave their slots."""
@@ -230,7 +257,7 @@ class Engine:
             if self._is_done(row, this):
                 self._slots[slot] = None
 
-    def _settle(self, batch: _Joining, logits: torch.Tensor, this: _Pass) -> None:
+    def _settle(self, batch: Joining, logits: torch.Tensor, this: _Pass) -> None:
         """What a prefill's logits mean: scores, or each row's first token."""
         if batch.scored:
             this.completions += [_score(row.request, logits[index]) for index, row in enumerate(batch.rows)]
@@ -278,32 +305,6 @@ class Engine:
             return False
         this.completions.append(done)
         return True
-
-
-_Kind = Callable[[GrowingRow], bool]
-
-
-def _alike(
-    rows: list[GrowingRow], shared: Callable[[GrowingRow], tuple[int, ...]]
-) -> list[tuple[tuple[_Kind, tuple[int, ...]], list[GrowingRow]]]:
-    """The rows by what may share a micro-batch: the kind of request, and the prefix."""
-    groups: dict[tuple[_Kind, tuple[int, ...]], list[GrowingRow]] = {}
-    for row in rows:
-        kind = next(kind for kind in (_is_scored, _ends_at_prefill, _keeps_growing) if kind(row))
-        groups.setdefault((kind, shared(row)), []).append(row)
-    return list(groups.items())
-
-
-def _is_scored(row: GrowingRow) -> bool:
-    return row.request.score_tokens > 0
-
-
-def _ends_at_prefill(row: GrowingRow) -> bool:
-    return not _is_scored(row) and row.request.sampling.max_new_tokens - len(row.tokens) <= 1
-
-
-def _keeps_growing(row: GrowingRow) -> bool:
-    return not _is_scored(row) and not _ends_at_prefill(row)
 
 
 def _score(request: Request, logits: torch.Tensor) -> Completion:

@@ -1,21 +1,10 @@
-"""The engine's decisions, as pure functions of numbers: who joins, in which micro-batches, at which column."""
+"""The engine's decisions, as pure functions of numbers: in which micro-batches, at which column."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from flexbatch.plan.memory_need import MICRO_BATCH_TOKENS
-
-
-def joining_count(lengths: Sequence[int], free_slots: int, prefill_tokens: int) -> int:
-    """How many of the waiting prompts (tokens each, in order) join this pass: as many as the token budget, but one."""
-    total = count = 0
-    for length in lengths[:free_slots]:
-        total += length
-        if count and total > prefill_tokens:
-            break
-        count += 1
-    return count
 
 
 def pack(lengths: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[list[int]]:

@@ -82,7 +82,7 @@ class Prediction:
 def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> Prediction:
     """The whole job under `policy`. Pure; says nothing about limits (the optimiser compares `peak` with them)."""
     shown = workload if policy.prefix_sharing else workload.without_sharing()
-    plan = schedule(shown, policy.slots, policy.prefill_tokens)
+    plan = schedule(shown, policy.slots, policy.prefill_tokens, policy.shortest_part)
     totals = _Totals()
     for load, count in plan.loads.items():
         totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))

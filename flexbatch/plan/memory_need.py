@@ -11,7 +11,7 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import INTEGERS, ModelSpec
 from flexbatch.plan.placement import place_bytes, place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
-from flexbatch.plan.workload import Workload, columns, joining_limit, span
+from flexbatch.plan.workload import Workload, columns, span
 
 # A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
 # run at full rate, few enough that activations stay small.
@@ -147,9 +147,8 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
 
 def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
     size = number_bytes(spec)
-    joining = min(policy.slots, joining_limit(workload, policy.prefill_tokens))
     longest = max(1.0, workload.longest_prompt - math.floor(workload.shared_tokens))
-    tokens = math.ceil(joining * longest)
+    joining, tokens = _joining(workload, policy, longest)
     one_batch = min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
@@ -164,3 +163,14 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
         Need("hidden states", Tier.HOST, math.ceil(waiting * share.host)),
         Need("hidden states", Tier.DISK, math.ceil(waiting * share.disk)),
     ]
+
+
+def _joining(workload: Workload, policy: Policy, longest: float) -> tuple[int, int]:
+    """The most prompts that enter a pass, and their tokens. What is split enters in parts of up to 1.5 times the
+    budget; what cannot be split has saved up to its length."""
+    if policy.shortest_part and not workload.shared_tokens:
+        tokens = max(policy.prefill_tokens, 2 * policy.shortest_part) * 3 // 2
+        return min(policy.slots, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
+    saved = longest if policy.shortest_part else 0.0
+    joining = min(policy.slots, max(1, int((policy.prefill_tokens + saved) / workload.own_tokens + 1e-9)))
+    return joining, math.ceil(joining * longest)

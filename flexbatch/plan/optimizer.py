@@ -24,6 +24,9 @@ MOST_SLOTS = 4096
 # only what keeps the slots full.
 MOST_PREFILL_TOKENS = 32768
 
+# Multiples of the prompt tokens that keep the slots full, tried where prompts enter in parts.
+PREFILL_TIMES = (0.5, 0.8, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, math.inf)
+
 # So many of the linear program's best candidates are predicted exactly.
 FINALISTS = 12
 
@@ -104,12 +107,19 @@ def _automatic(
 ) -> Iterator[Prediction]:
     """The linear program's best candidates, rounded and predicted: a coarse search, then a fine one around its best."""
     base = base_policy(offload)
+    forms = [replace(base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
-    coarse = [replace(base, slots=slots, prefill_tokens=_steady(workload, offload, slots, base)) for slots in ladder]
+    coarse = [
+        replace(form, slots=slots, prefill_tokens=_steady(workload, offload, slots, form))
+        for slots in ladder
+        for form in forms
+    ]
     ranked = _ranked(spec, hardware, workload, limits, coarse)
     if ranked:
         around = _around(ranked[0][1].slots, ladder)
-        fine = [policy for policy in _enumerated(workload, offload, base, around) if policy not in coarse]
+        fine = [
+            policy for form in forms for policy in _enumerated(workload, offload, form, around) if policy not in coarse
+        ]
         ranked = sorted(ranked + _ranked(spec, hardware, workload, limits, fine, ranked[0][0]), key=_seconds)
     found = 0
     for _, policy in ranked[:FINALISTS]:
@@ -143,7 +153,8 @@ def _ranked(
         if _may_fit(spec, hardware, workload, policy, limits):
             shown = workload if policy.prefix_sharing else workload.without_sharing()
             passes = _kinds_of_passes(shown, policy)
-            loads = ((count, by_resource(pass_terms(spec, hardware, shown, policy, load))) for load, count in passes)
+            still = replace(policy, weights=ALL_DEVICE)
+            loads = ((count, by_resource(pass_terms(spec, hardware, shown, still, load))) for load, count in passes)
             bound = sum(count * pass_seconds(resources) for count, resources in loads)
             bounded.append((bound, policy, Problem(spec, hardware, shown, limits, passes)))
     # Attention in main memory is for a cache that is there, and as it was computed.
@@ -185,33 +196,37 @@ def _around(slots: int, ladder: Sequence[int]) -> list[int]:
     return sorted(below | above)
 
 
-def _joining(workload: Workload, slots: int) -> int:
-    """How many prompts must join each pass so that all slots stay full."""
-    return math.ceil(slots / max(1.0, workload.new_tokens))
-
-
 def _steady(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> int:
     """Prompt tokens per pass that just keep the slots full."""
     if str(offload.prefill_tokens) != "auto":
         return int(offload.prefill_tokens)
     shown = workload if base.prefix_sharing else workload.without_sharing()
-    return math.ceil(_joining(shown, slots) * shown.own_tokens)
+    rows = slots / max(1.0, shown.new_tokens)
+    return math.ceil(shown.own_tokens * (rows if base.shortest_part else math.ceil(rows)))
 
 
 def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> list[int]:
-    """Prompt tokens per pass to try: what keeps the slots full, and less and more."""
+    """Prompt tokens per pass to try: what keeps the slots full, and less and more; whole prompts where they enter
+    whole."""
     if str(offload.prefill_tokens) != "auto":
         return [int(offload.prefill_tokens)]
     shown = workload if base.prefix_sharing else workload.without_sharing()
-    steady = _joining(shown, slots)
-    most = max(steady, int(MOST_PREFILL_TOKENS // shown.own_tokens))
-    joining = sorted({1, max(1, steady // 2), steady, steady + 1, 2 * steady, slots})
-    return [math.ceil(count * shown.own_tokens) for count in joining if count <= min(slots, most)]
+    steady = shown.own_tokens * slots / max(1.0, shown.new_tokens)
+    most = min(slots * shown.own_tokens, max(steady, MOST_PREFILL_TOKENS))
+    if base.shortest_part:
+        return sorted({math.ceil(max(base.shortest_part, min(steady * times, most))) for times in PREFILL_TIMES})
+    rows = math.ceil(slots / max(1.0, shown.new_tokens))
+    joining = sorted({1, max(1, rows // 2), rows, rows + 1, 2 * rows, slots})
+    return [
+        math.ceil(count * shown.own_tokens)
+        for count in joining
+        if count * shown.own_tokens <= max(most, rows * shown.own_tokens)
+    ]
 
 
 def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad, float], ...]:
     """The job's passes as at most two kinds: the mean of those that prefill, the mean of those that only decode."""
-    loads = schedule(workload, policy.slots, policy.prefill_tokens).loads
+    loads = schedule(workload, policy.slots, policy.prefill_tokens, policy.shortest_part).loads
     kinds = []
     for prefills in (True, False):
         mine = {load: count for load, count in loads.items() if (load.joining > 0) is prefills}

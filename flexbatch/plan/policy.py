@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from flexbatch.errors import ConfigError
+from flexbatch.plan.admission import SHORTEST_PART
 
 
 class Tier(StrEnum):
@@ -45,7 +46,7 @@ ALL_DEVICE = Shares(1.0, 0.0)
 class Policy:
     """How a job is run. Nothing in it changes a row's result in float32 except `weight_bits`, `kv_bits` and `compute`.
 
-    `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (at least one prompt);
+    `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (see `admission.Admission`);
     `prefetch_bytes` bounds the weights that are on their way or waiting on the device (0: twice the largest layer).
     """
 
@@ -60,6 +61,12 @@ class Policy:
     prefix_sharing: bool = True
     host_attention: bool = False
     prefetch_bytes: int = 0
+
+    @property
+    def shortest_part(self) -> int:
+        """Tokens of the shortest part in which a prompt may enter; 0 where prompts enter whole, because no weights are
+        streamed that the arithmetic of a pass should be balanced with."""
+        return SHORTEST_PART if self.weights.device < 1.0 - 1e-9 else 0
 
     @staticmethod
     def percent_shares(percent: list[float]) -> tuple[Shares, Shares, Shares]:

@@ -46,18 +46,17 @@ class Problem:
 
 def best_shares(problem: Problem, policy: Policy) -> Iterator[tuple[float, Policy]]:
     """Each case's best policy with its seconds, as the linear program sees them; nothing where none is feasible."""
-    for split_weights in (False, True):
-        # With the whole cache on the device there is nothing for the host to attend to.
-        for split_kv in (True,) if policy.host_attention else (False, True):
-            found = _solve(problem, policy, _open_tiers(problem.hardware, policy, split_weights, split_kv))
-            if found is not None:
-                yield found
+    # With the whole cache on the device there is nothing for the host to attend to.
+    for split_kv in (True,) if policy.host_attention else (False, True):
+        found = _solve(problem, policy, _open_tiers(problem.hardware, policy, split_kv))
+        if found is not None:
+            yield found
 
 
-def _open_tiers(
-    hardware: HardwareProfile, policy: Policy, split_weights: bool, split_kv: bool
-) -> dict[str, tuple[Tier, ...]]:
-    """The tiers besides the device on which each kind of tensor may be in this case."""
+def _open_tiers(hardware: HardwareProfile, policy: Policy, split_kv: bool) -> dict[str, tuple[Tier, ...]]:
+    """The tiers besides the device on which each kind of tensor may be in this case. A policy with all weights on the
+    device keeps them there: how prompts enter depends on it."""
+    split_weights = policy.weights.device < 1.0
     others = (Tier.HOST, Tier.DISK) if hardware.has_accelerator else (Tier.DISK,)
     kv = (Tier.HOST,) if policy.host_attention else others
     return {"weights": others if split_weights else (), "kv": kv if split_kv else (), "hidden": others}

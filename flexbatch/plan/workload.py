@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexbatch.errors import ConfigError
+from flexbatch.plan.admission import Admission
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,19 @@ class Schedule:
         return sum(self.loads.values())
 
 
-def schedule(workload: Workload, slots: int, prefill_tokens: float) -> Schedule:
-    """The passes of a job. A long job is simulated at two lengths and continued as the straight line between them."""
+def schedule(workload: Workload, slots: int, prefill_tokens: float, shortest_part: int) -> Schedule:
+    """The passes of a job. A long job is simulated at two lengths and continued as the straight line between them.
+
+    With a `shortest_part` prompts enter in parts where they do not fit a pass's tokens; 0: whole.
+    """
     slots = min(slots, workload.rows)
     short, long = 4 * slots, 6 * slots
     if workload.rows <= long:
-        loads, ramp = _simulate(workload, slots, prefill_tokens, workload.rows)
+        loads, ramp = _Simulation(workload, slots, prefill_tokens, shortest_part).run(workload.rows)
         return Schedule(loads, ramp)
-    (first, ramp), (second, _) = (_simulate(workload, slots, prefill_tokens, rows) for rows in (short, long))
+    (first, ramp), (second, _) = (
+        _Simulation(workload, slots, prefill_tokens, shortest_part).run(rows) for rows in (short, long)
+    )
     times = (workload.rows - long) / (long - short)
     loads = {
         load: count
@@ -106,39 +112,58 @@ def schedule(workload: Workload, slots: int, prefill_tokens: float) -> Schedule:
     return Schedule(loads, ramp)
 
 
-def joining_limit(workload: Workload, prefill_tokens: float) -> int:
-    """How many prompts of mean length a pass may prefill: as many as the token budget holds, but at least one."""
-    return max(1, int(prefill_tokens / workload.own_tokens + 1e-9))
+class _Simulation:
+    """The engine's admission, pass by pass, with prompts of mean length."""
 
+    def __init__(self, workload: Workload, slots: int, prefill_tokens: float, shortest_part: int) -> None:
+        self._workload, self._slots = workload, slots
+        self._admission = Admission(prefill_tokens, shortest_part)
+        # Rows with a shared prefix enter whole: their own parts are short.
+        self._splittable = not workload.shared_tokens
+        self._taken = self._live = 0
+        # leaving[k] rows free their slots k passes from now.
+        self._leaving: deque[int] = deque([0] * (max(workload.new_lengths) + 1))
 
-def _simulate(
-    workload: Workload, slots: int, prefill_tokens: float, rows: int
-) -> tuple[dict[PassLoad, float], dict[PassLoad, float]]:
-    limit = joining_limit(workload, prefill_tokens)
-    # Rows take their generated lengths from the sample in turn; leaving[k] rows free their slots k passes from now.
-    leaving: deque[int] = deque([0] * (max(workload.new_lengths) + 1))
-    waiting, live, taken = rows, 0, 0
-    loads: Counter[PassLoad] = Counter()
-    ramp: Counter[PassLoad] = Counter()
-    filling = True
-    while waiting or live:
-        live -= leaving.popleft()
-        leaving.append(0)
-        joining = min(limit, slots - live, waiting)
-        load = PassLoad(joining, live, joining / workload.rows_per_group if workload.shared_tokens else 0.0)
-        if joining or live:
-            loads[load] += 1
-            if filling:
-                ramp[load] += 1
-        for _ in range(joining):
-            new = workload.new_lengths[taken % len(workload.new_lengths)]
-            taken += 1
-            if new > 1:
-                leaving[new - 1] += 1
-                live += 1
-        waiting -= joining
-        filling = filling and live < slots and waiting > 0
-    return dict(loads), dict(ramp)
+    def run(self, rows: int) -> tuple[dict[PassLoad, float], dict[PassLoad, float]]:
+        """How often each load occurs, and how often until the slots are full."""
+        waiting, filling, shared = rows, True, self._workload.shared_tokens
+        loads: Counter[PassLoad] = Counter()
+        ramp: Counter[PassLoad] = Counter()
+        while waiting or self._live or self._admission.is_entering:
+            self._live -= self._leaving.popleft()
+            self._leaving.append(0)
+            live = self._live
+            joining, started = self._join(waiting)
+            waiting -= started
+            if joining or live:
+                load = PassLoad(joining, live, joining / self._workload.rows_per_group if shared else 0.0)
+                loads[load] += 1
+                if filling:
+                    ramp[load] += 1
+            filling = filling and self._live + self._admission.is_entering < self._slots and waiting > 0
+        return dict(loads), dict(ramp)
+
+    def _join(self, waiting: int) -> tuple[float, int]:
+        """Prompts that are prefilled in this pass (parts of one count as such), and those that left the line."""
+        length, admission = self._workload.own_tokens, self._admission
+        free = self._slots - self._live - admission.is_entering
+        line = min(waiting, int((admission.budget + admission.saved) / length) + 2)
+        entered = admission.admit(
+            [length] * line, [self._splittable] * line, free, not self._live and not admission.is_entering
+        )
+        for _ in range(entered.whole + entered.complete):
+            self._begin()
+        tokens = entered.part + entered.whole * length + (entered.sizes[0] if entered.sizes else 0)
+        return tokens / length, entered.whole + bool(entered.sizes)
+
+    def _begin(self) -> None:
+        """A row has its first token; it takes its generated length from the sample in turn."""
+        lengths = self._workload.new_lengths
+        new = lengths[self._taken % len(lengths)]
+        self._taken += 1
+        if new > 1:
+            self._leaving[new - 1] += 1
+            self._live += 1
 
 
 def span(workload: Workload) -> int:
@@ -152,5 +177,6 @@ def columns(workload: Workload) -> int:
 
 
 def column_slack(longest: int) -> int:
-    """Columns between two shifts of the arena, which costs a copy of it: a quarter of a row, 32 at the least."""
-    return max(32, longest // 4)
+    """Columns between two shifts of the arena: few, because every slot has them, and many enough that the shift's copy
+    of the arena costs some percent of the reading that the passes between do. A sixteenth of a row, 32 at the least."""
+    return max(32, longest // 16)

@@ -19,17 +19,17 @@ _LLAMA = {
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
 }
 _OPT = {
     **_SMALL,
     "num_hidden_layers": 4,
     "ffn_dim": 128,
     "num_attention_heads": 4,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "word_embed_proj_dim": 64,
 }
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 
 # Adding a family is adding a line: a name, a model type, and a small config.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-350m": ("opt", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "opt-iml": ("opt", {**_OPT, "do_layer_norm_before": True, "activation_function": "relu", "ffn_dim": 256}),
     "bloom": ("bloom", {**_SMALL, "n_layer": 4, "n_head": 4}),
-    "codegen": ("codegen", {**_GPT, "rotary_dim": 8, "n_ctx": 128}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 8, "n_ctx": 256}),
     "gpt2": ("gpt2", _GPT),
     "gptj": ("gptj", {**_GPT, "rotary_dim": 8}),
     "gpt-neox": ("gpt_neox", {**_LLAMA, "rotary_pct": 0.25}),
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "new_decoder_architecture": False},
     ),
     "falcon-alibi": ("falcon", {**_SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True}),
-    "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}),
+    "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 256}),
     "llama": ("llama", _LLAMA),
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
