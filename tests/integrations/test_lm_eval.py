@@ -56,9 +56,9 @@ def assert_alike(left: Any, right: Any) -> None:
         assert right == left
 
 
-def test_every_kind_of_task_gets_the_answers_of_the_hf_backend(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_kind_of_task_gets_the_answers_of_the_hf_backend(small_model: Path, tmp_path: Path) -> None:
     """A random OPT whose 256 positions the long texts exceed: windows roll, contexts are cut on the left."""
-    compare(tiny_model, tmp_path, write_tasks(tmp_path, long_text=6))
+    compare(small_model, tmp_path, write_tasks(tmp_path, long_text=6))
 
 
 @pytest.mark.realdata
@@ -73,7 +73,7 @@ def test_mmlu_scores_as_with_the_hf_backend(realdata: Path, tmp_path: Path, subj
     compare(realdata / "stories260k", tmp_path, [write_mmlu(tmp_path, realdata, subject, rows=12)])
 
 
-def test_contexts_that_end_in_spaces_and_empty_ones_are_split_as_by_hf(tiny_model: Path) -> None:
+def test_contexts_that_end_in_spaces_and_empty_ones_are_split_as_by_hf(small_model: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -81,26 +81,26 @@ def test_contexts_that_end_in_spaces_and_empty_ones_are_split_as_by_hf(tiny_mode
 
     pairs = [("a b  ", "c"), ("", "hello"), ("x" * 300, " end"), ("<s>a", " b"), ("a\n", "\n")]
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
-    theirs = HFLM(str(tiny_model), device="cpu", dtype="float32").loglikelihood(asked, disable_tqdm=True)
-    assert_alike(theirs, FlexbatchLM(str(tiny_model), **BUFFERED).loglikelihood(asked, disable_tqdm=True))
+    theirs = HFLM(str(small_model), device="cpu", dtype="float32").loglikelihood(asked, disable_tqdm=True)
+    assert_alike(theirs, FlexbatchLM(str(small_model), **BUFFERED).loglikelihood(asked, disable_tqdm=True))
 
 
 def test_an_evaluation_started_again_computes_nothing_twice(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flexbatch.integrations.lm_eval import FlexbatchLM
 
     tasks = write_tasks(tmp_path)
-    first = evaluate(FlexbatchLM(str(tiny_model), output_dir=tmp_path / "answers", **BUFFERED), tmp_path, tasks)
+    first = evaluate(FlexbatchLM(str(small_model), output_dir=tmp_path / "answers", **BUFFERED), tmp_path, tasks)
     opened: list[object] = []
     monkeypatch.setattr(session, "open_for", lambda *_: opened.append(None))
-    again = evaluate(FlexbatchLM(str(tiny_model), output_dir=tmp_path / "answers", **BUFFERED), tmp_path, tasks)
+    again = evaluate(FlexbatchLM(str(small_model), output_dir=tmp_path / "answers", **BUFFERED), tmp_path, tasks)
     assert not opened
     assert again["results"] == first["results"]
     assert len(list((tmp_path / "answers").iterdir())) == 3  # one batch for each kind of request
 
 
-def test_lm_eval_finds_the_backend_by_its_name(tiny_model: Path, tmp_path: Path) -> None:
+def test_lm_eval_finds_the_backend_by_its_name(small_model: Path, tmp_path: Path) -> None:
     """By the registry once the module is imported (0.4.13); by the entry point in later versions."""
     from importlib.metadata import EntryPoint
 
@@ -112,7 +112,7 @@ def test_lm_eval_finds_the_backend_by_its_name(tiny_model: Path, tmp_path: Path)
     assert get_model("flexbatch") is FlexbatchLM
     assert EntryPoint("flexbatch", "flexbatch.integrations.lm_eval:FlexbatchLM", "lm_eval.models").load() is FlexbatchLM
     made = FlexbatchLM.create_from_arg_string(
-        f"pretrained={tiny_model},offload.reader=buffered,offload.prefix_sharing=False", {"batch_size": 8}
+        f"pretrained={small_model},offload.reader=buffered,offload.prefix_sharing=False", {"batch_size": 8}
     )
     assert made._session.config.offload.prefix_sharing is False
 
@@ -122,12 +122,12 @@ def test_lm_eval_finds_the_backend_by_its_name(tiny_model: Path, tmp_path: Path)
     [({"num_beams": 4}, "num_beams"), ({"max_gen_toks": 256}, "256 tokens"), ({"best_of": 2, "n": 2}, "best_of, n")],
 )
 def test_generation_settings_that_cannot_be_met_are_refused(
-    tiny_model: Path, settings: dict[str, Any], message: str
+    small_model: Path, settings: dict[str, Any], message: str
 ) -> None:
     from lm_eval.api.instance import Instance
 
     from flexbatch.integrations.lm_eval import FlexbatchLM
 
-    model = FlexbatchLM(str(tiny_model), **BUFFERED)
+    model = FlexbatchLM(str(small_model), **BUFFERED)
     with pytest.raises(ConfigError, match=message):
         model.generate_until([Instance("generate_until", {}, ("a", settings), 0)])

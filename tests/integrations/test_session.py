@@ -16,8 +16,8 @@ from flexbatch.records import Completion, PassResult, Request, Sampling
 
 
 @pytest.fixture(scope="module")
-def session(tiny_model: Path) -> Session:
-    return Session.open(str(tiny_model), "offload.reader=buffered", "output.part_rows=4")
+def session(small_model: Path) -> Session:
+    return Session.open(str(small_model), "offload.reader=buffered", "output.part_rows=4")
 
 
 def mixed(count: int = 11) -> list[Request]:
@@ -46,10 +46,10 @@ def expected(model: Path, request: Request) -> tuple[tuple[int, ...], float, boo
     return tuple(targets.tolist()), chosen, bool((logits.argmax(-1) == targets).all())
 
 
-def test_a_mixed_list_is_answered_in_its_order_as_transformers_would(session: Session, tiny_model: Path) -> None:
+def test_a_mixed_list_is_answered_in_its_order_as_transformers_would(session: Session, small_model: Path) -> None:
     requests = mixed()
     for request, answer in zip(requests, session.answer(requests), strict=True):
-        tokens, logprob, greedy = expected(tiny_model, request)
+        tokens, logprob, greedy = expected(small_model, request)
         assert (answer.index, answer.token_ids, answer.greedy_match) == (request.index, tokens, greedy)
         assert sum(answer.logprobs) == pytest.approx(logprob, abs=1e-4)
 
@@ -67,11 +67,11 @@ def test_a_greedy_continuation_is_scored_as_a_greedy_match(session: Session) -> 
     assert not other.greedy_match
 
 
-def test_one_token_more_than_the_model_has_positions_is_scored(session: Session, tiny_model: Path) -> None:
+def test_one_token_more_than_the_model_has_positions_is_scored(session: Session, small_model: Path) -> None:
     """A rolling window feeds all positions, and predicts what comes after each."""
     request = Request(0, tuple(3 + number % 250 for number in range(257)), score_tokens=256)
     (answer,) = session.answer([request])
-    assert sum(answer.logprobs) == pytest.approx(expected(tiny_model, request)[1], rel=1e-5)
+    assert sum(answer.logprobs) == pytest.approx(expected(small_model, request)[1], rel=1e-5)
 
 
 def test_a_batch_that_was_stopped_goes_on_and_ends_with_the_same_answers(session: Session, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def answers(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_prompts_are_continued_and_echoed_in_their_order(tiny_model: Path, tmp_path: Path) -> None:
+def test_prompts_are_continued_and_echoed_in_their_order(small_model: Path, tmp_path: Path) -> None:
     echo = {"prompt": "a man", "max_tokens": 0, "echo": True}
-    assert ask(tiny_model, tmp_path, {"prompt": "hello"}, echo, {"prompt": "hello", "stop": ["\x00never"]}) == 0
+    assert ask(small_model, tmp_path, {"prompt": "hello"}, echo, {"prompt": "hello", "stop": ["\x00never"]}) == 0
     said, echoed, again = answers(tmp_path)
     assert (len(said["tokens"]), said["finish_reason"]) == (6, "length")
     assert all(logprob < 0 for _, logprob in said["tokens"])
@@ -40,11 +40,11 @@ def test_prompts_are_continued_and_echoed_in_their_order(tiny_model: Path, tmp_p
     )
 
 
-def test_a_stop_string_ends_an_answer_and_is_still_in_it(tiny_model: Path, tmp_path: Path) -> None:
-    ask(tiny_model, tmp_path, {"prompt": "hello", "max_tokens": 12})
+def test_a_stop_string_ends_an_answer_and_is_still_in_it(small_model: Path, tmp_path: Path) -> None:
+    ask(small_model, tmp_path, {"prompt": "hello", "max_tokens": 12})
     (whole,) = answers(tmp_path)
     stop = whole["tokens"][3][0]
-    ask(tiny_model, tmp_path, {"prompt": "hello", "max_tokens": 12, "stop": [stop]})
+    ask(small_model, tmp_path, {"prompt": "hello", "max_tokens": 12, "stop": [stop]})
     (cut,) = answers(tmp_path)
     assert cut["finish_reason"] == "stop"
     assert cut["tokens"][-1][0] == stop
@@ -60,9 +60,9 @@ def test_a_stop_string_ends_an_answer_and_is_still_in_it(tiny_model: Path, tmp_p
     ],
 )
 def test_what_is_wrong_is_said_on_standard_error(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     prompt: dict[str, Any], options: tuple[str, ...], code: int, message: str,
 ) -> None:  # fmt: skip
-    assert ask(tiny_model, tmp_path, prompt, options=options) == code
+    assert ask(small_model, tmp_path, prompt, options=options) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "answers.jsonl").exists()

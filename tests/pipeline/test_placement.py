@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline.command_line import CommandLine
 from tests.pipeline.conftest import write_rows
-from tests.pipeline.jobs import output_rows, overrides
+from tests.pipeline.jobs import output_rows, overrides, pattern_match, scored_job
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "all on the device": {"offload__percent": "[100,0,100,0,100,0]", "offload__slots": 5},
@@ -19,18 +19,6 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "mixed": {"offload__percent": "[20,40,50,25,30,30]", "offload__slots": 7, "offload__prefill_tokens": 100},
     "FlexGen's own": {"offload__percent": "[20,80,0,100,0,100]", "offload__slots": 2, "offload__prefill_tokens": 1},
 }
-SCORED = """
-# @package _global_
-job:
-  name: scored
-  kind: helm_eval
-  scenarios:
-    pattern:
-      data: {kind: synthetic_reasoning, mode: pattern_match, seed: 42}
-      prompt_tokens: 200
-      adapter: {method: generation, max_train_instances: 1, max_eval_instances: 9, max_tokens: 6}
-      metrics: [exact_match, f1_score]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +68,7 @@ def figures(metrics: Any, prefix: str = "") -> dict[str, float]:
 def test_scores_are_the_same_under_every_placement(
     command_line: CommandLine, small_model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "conf" / "job").mkdir(parents=True)
-    (tmp_path / "conf" / "job" / "scored.yaml").write_text(SCORED)
-    job = ["--config-dir=conf", "job=scored", "model=hf", f"model.path={small_model}", "prompt.max_tokens=200"]
+    job = scored_job(tmp_path, small_model, {"pattern": pattern_match(9)})
     found: list[dict[str, float]] = []
     for number, placement in enumerate(["all on the device", "mixed"]):
         chosen = {"offload__policy": "manual", **PLACEMENTS[placement]}

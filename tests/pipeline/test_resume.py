@@ -15,7 +15,7 @@ import pytest
 
 from tests.pipeline.command_line import Command, CommandLine, Finished, Moment
 from tests.pipeline.conftest import write_rows
-from tests.pipeline.jobs import output_rows, overrides, part_files
+from tests.pipeline.jobs import output_rows, overrides, part_files, pattern_match, scored_job
 
 OPTIONS: dict[str, Any] = {
     "generation__max_new_tokens": 12,
@@ -23,18 +23,6 @@ OPTIONS: dict[str, Any] = {
     "output__columns": "[name]",
     "offload__slots": 4,
 }
-SCORED = """
-# @package _global_
-job:
-  name: scored
-  kind: helm_eval
-  scenarios:
-    pattern:
-      data: {kind: synthetic_reasoning, mode: pattern_match, seed: 42}
-      prompt_tokens: 200
-      adapter: {method: generation, max_train_instances: 1, max_eval_instances: 12, max_tokens: 6}
-      metrics: [exact_match, f1_score]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +93,8 @@ def test_a_finished_job_run_again_does_nothing_and_says_the_same(
 def test_a_scored_job_run_again_prints_the_same_scores(
     command_line: CommandLine, small_model: Path, tmp_path: Path
 ) -> None:
-    command = [
-        "--config-dir=conf", "job=scored", "model=hf", f"model.path={small_model}", "output.dir=run",
-        "output.part_rows=16", "prompt.max_tokens=200",
-    ]  # fmt: skip
-    (tmp_path / "conf" / "job").mkdir(parents=True)
-    (tmp_path / "conf" / "job" / "scored.yaml").write_text(SCORED)
+    job = scored_job(tmp_path, small_model, {"pattern": pattern_match(12)})
+    command = [*job, "output.dir=run", "output.part_rows=16"]
     first = command_line.run(*command, cwd=tmp_path, moment=Moment("pass", count=3))
     assert first.code == -signal.SIGKILL, first.err
     second = command_line.run(*command, cwd=tmp_path)
