@@ -46,7 +46,7 @@ class Expansion:
         rows, heads, tokens, size = shape
         if what not in self._rooms:
             count = max(self._tokens, rows * tokens) * heads * size
-            self._rooms[what] = self._storage.zeros(Tier.DEVICE, (count,), dtype, "expanded KV cache")
+            self._rooms[what] = self._storage.zeros(Tier.DEVICE, (count,), dtype, "KV of one layer, expanded")
         room = self._rooms[what]
         if room.numel() < rows * heads * tokens * size or room.dtype != dtype:
             return torch.empty(shape, dtype=dtype, device=room.device)  # a layer of another shape than the first

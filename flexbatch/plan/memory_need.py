@@ -133,11 +133,12 @@ def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
 def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
     unit, counts = kv_unit_bytes(spec, workload, policy), kv_units(spec, policy)
     items = [Need("KV cache", tier, count * unit) for tier, count in counts.items()]
-    if policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
-        items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if policy.kv_bits < 16:
+        # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn.
         plain = spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers)
         items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(policy.slots * span(workload) * plain)))
+    elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
+        items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if workload.shared_tokens:
         groups = math.ceil(policy.slots / workload.rows_per_group) + 1
         nbytes = groups * workload.shared_tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
@@ -152,6 +153,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     one_batch = min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
+    if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
+        inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     attended = policy.slots * span(workload)
     waiting = (tokens + policy.slots) * spec.hidden_size * size
     logits = (policy.slots + joining) * spec.vocab_size * (size + 4)

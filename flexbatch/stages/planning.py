@@ -12,7 +12,6 @@ from flexbatch.composition import bundled
 from flexbatch.config import Config
 from flexbatch.engine.calibration import familiar_hardware, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
-from flexbatch.errors import ConfigError
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import ModelSpec
@@ -32,11 +31,6 @@ HALF = ("bfloat16", "float16", "float32")
 
 def plan_run(config: Config, model: Model, work: Work) -> Plan:
     """The plan that a run follows. CapacityError where the limits cannot be met."""
-    if config.offload.kv_bits < 16:
-        raise ConfigError(
-            f"offload.kv_bits is {config.offload.kv_bits}: the engine keeps the KV cache in the compute type.",
-            remedy="Leave offload.kv_bits at 16; `plan` shows what fewer bits would bring once the engine has them.",
-        )
     return make_plan(config, model, work, measure=False)
 
 
