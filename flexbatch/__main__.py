@@ -26,6 +26,7 @@ Run language models bigger than the machine over whole datasets.
     flexbatch status DIR                how far a running or stopped job is
     flexbatch report DIR                the run as one HTML file
     flexbatch bench [key=value ...]     flexbatch beside other engines on the same work; the last line is JSON
+    flexbatch chat [key=value ...]      talk to a model, in a terminal or through a pipe
     flexbatch import SOURCE TARGET      bring published weights into safetensors; import --help says how
 
     --cfg job            print the composed configuration and stop
@@ -86,6 +87,13 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+def chat(arguments: Sequence[str]) -> int:
+    from flexbatch.chat.command import DEFAULTS, chat
+
+    config, _ = parse([*DEFAULTS, *arguments])
+    return chat(config)
+
+
 def import_weights(arguments: Sequence[str]) -> int:
     from flexbatch.checkpoint.command import import_command
 
@@ -98,6 +106,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": status,
     "report": report,
     "bench": bench,
+    "chat": chat,
     "import": import_weights,
 }
 

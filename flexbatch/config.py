@@ -218,6 +218,17 @@ class BenchConfig:
 
 
 @dataclass
+class ChatConfig:
+    template: str = option(
+        "auto",
+        "chat: auto, tokenizer (its own chat template), or human (Human: and Assistant: before the turns, as for OPT)",
+        one_of=("auto", "tokenizer", "human"),
+    )
+    context: Any = option("auto", "chat: most tokens of a conversation; auto: the model's, up to 4096", count=True)
+    lookup: bool = option(True, "chat: guess what comes next from what was said; never changes the answer in float32")
+
+
+@dataclass
 class Config:
     job: JobConfig = field(default_factory=JobConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -229,3 +240,4 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)

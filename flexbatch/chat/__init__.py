@@ -1,0 +1,1 @@
+"""`flexbatch chat`: a conversation with one model, in a terminal or through a pipe."""

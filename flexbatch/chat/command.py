@@ -1,0 +1,64 @@
+"""`flexbatch chat`: the model found, planned and opened, and the conversation with it."""
+
+from __future__ import annotations
+
+import sys
+
+from flexbatch.chat.dialogue import Dialogue, Speaker
+from flexbatch.chat.planning import context_size, opened, pass_times, plan_conversation
+from flexbatch.chat.signals import AnswerSignal
+from flexbatch.chat.templates import Template, choose_template
+from flexbatch.chat.terminal import Terminal
+from flexbatch.config import Config, GenerationConfig
+from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.records import Sampling
+from flexbatch.report.plan_text import Plan, plan_lines
+from flexbatch.stages.model import Model, find_model, say
+
+DEFAULTS = ("job=generate", "generation.max_new_tokens=512", "prompt.chat_template=true")
+"""What a conversation begins with in place of a job's settings."""
+
+
+def chat(config: Config) -> int:
+    """Talks until the input ends. The exit code: 0, or that of a CapacityError if a message found no room."""
+    sampling = sampling_of(config.generation)
+    model = find_model(config)
+    template = choose_template(config, model.tokenizer)
+    context = context_size(config, model.context_tokens)
+    plan = plan_conversation(config, model, context)
+    seconds = pass_times(config, plan)
+    for line in introduction(model, plan, template, context):
+        say(line)
+    speaker = Speaker(model.tokenizer, template, sampling, model.end_tokens, seconds, config.prompt.system)
+    with opened(config, model, plan, context) as conversation, AnswerSignal() as signals:
+        terminal = Terminal(Dialogue(speaker, conversation), conversation, signals, config.model.name)
+        terminal.run()
+    return CapacityError.exit_code if terminal.unanswered and not sys.stdin.isatty() else 0
+
+
+def sampling_of(generation: GenerationConfig) -> Sampling:
+    """ConfigError for options that mean nothing in a conversation."""
+    for name, nothing in (("min_new_tokens", 0), ("logprobs", False), ("num_completions", 1)):
+        value = getattr(generation, name)
+        if value != nothing:
+            raise ConfigError(f"generation.{name}={value}: a conversation does not take this.", remedy="Leave it out.")
+    return Sampling(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k,
+        seed=generation.seed,
+        stop=tuple(generation.stop),
+    )
+
+
+def introduction(model: Model, plan: Plan, template: Template, context: int) -> list[str]:
+    """What is to be known before the first message."""
+    pace = plan.prediction.decode_seconds / max(1.0, plan.prediction.generated_tokens)
+    return [
+        *plan_lines(plan)[:2],
+        f"Chat     {context} tokens of context, template: {template.name}; about {pace:.2g} s a token, less where "
+        "lookup finds what comes next",
+        *model.warnings,
+        "/help lists the commands.",
+    ]
