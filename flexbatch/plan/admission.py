@@ -10,6 +10,10 @@ from dataclasses import dataclass
 # would leave the matrix products far below their rate.
 SHORTEST_PART = 64
 
+# Parts are multiples of this where they can be: matrix products lose up to a quarter of their rate just above the
+# sizes that the kernels are cut in (docs/benchmarks.md).
+EVEN = 32
+
 
 def joining_count(lengths: Sequence[float], free_slots: int, room: float) -> int:
     """How many of the waiting prompts (tokens each, in order) fit whole into `room` tokens of a pass."""
@@ -31,12 +35,23 @@ def parts(length: int, room: float, budget: float, shortest: int) -> list[int]:
     if not shortest:
         return []
     least = max(shortest, 2 * math.isqrt(length) + 2)
-    first = min(int(room), length - least)
+    first = _even(min(int(room), length - least), least)
     if first < least:
         return []
     rest = length - first
     count = max(1, round(rest / max(budget, least)))
-    return [first, *(rest // count + (index < rest % count) for index in range(count))]
+    size = max(least, _even(math.ceil(rest / count), least))
+    sizes = [first]
+    while rest - size >= least:
+        sizes.append(size)
+        rest -= size
+    return [*sizes, rest]
+
+
+def _even(tokens: int, least: int) -> int:
+    """Rounded down to a multiple of `EVEN`, where that leaves at least `least`."""
+    even = tokens // EVEN * EVEN
+    return even if even >= least else tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +86,7 @@ class Admission:
         they may be split. `idle`: no row is in flight."""
         part = self._rest.pop(0) if self._rest else 0
         complete = bool(part) and not self._rest
-        room = self.budget + self.saved - part
+        room = self.budget + (max(0.0, self.saved) if idle else self.saved) - part
         whole, sizes = joining_count(lengths, free_slots, room), list[int]()
         left = room - sum(lengths[:whole])
         held_back = whole < min(len(lengths), free_slots) and not self._rest
@@ -80,5 +95,6 @@ class Admission:
             self._rest = sizes[1:]
             if not sizes and not whole and not part and (idle or not self._shortest):
                 whole, left = 1, 0.0
-        self.saved = max(0.0, left) if held_back and self._shortest and not sizes else 0.0
+        # What a part took too much is owed; what is left is saved only if a prompt waited for more of it.
+        self.saved = left if self._shortest and (left < 0.0 or (held_back and not sizes)) else 0.0
         return Admitted(part, complete, whole, tuple(sizes))

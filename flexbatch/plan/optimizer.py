@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flexbatch.config import OffloadConfig, parse_bytes
 from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.plan.admission import EVEN
 from flexbatch.plan.cost_model import Prediction, by_resource, pass_seconds, pass_terms, predict
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
@@ -214,7 +215,8 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
     steady = shown.own_tokens * slots / max(1.0, shown.new_tokens)
     most = min(slots * shown.own_tokens, max(steady, MOST_PREFILL_TOKENS))
     if base.shortest_part:
-        return sorted({math.ceil(max(base.shortest_part, min(steady * times, most))) for times in PREFILL_TIMES})
+        tried = (max(base.shortest_part, min(steady * times, most)) for times in PREFILL_TIMES)
+        return sorted({math.ceil(tokens / EVEN) * EVEN for tokens in tried})
     rows = math.ceil(slots / max(1.0, shown.new_tokens))
     joining = sorted({1, max(1, rows // 2), rows, rows + 1, 2 * rows, slots})
     return [

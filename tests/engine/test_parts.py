@@ -48,7 +48,8 @@ def test_parts_add_up_and_none_is_too_short(length: int, room: int, budget: int,
         assert sum(sizes) == length
         assert 2 <= len(sizes) <= min(sizes)  # the decode batch writes over as many columns as there are parts
         assert sizes[0] <= min(room, budget)
-        assert max(sizes) <= max(1.5 * max(budget, shortest, 2 * length**0.5 + 2) + 1, sizes[0])
+        least = max(shortest, 2 * length**0.5 + 2)
+        assert max(sizes) <= 1.5 * max(budget, least) + least + 1
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(1, 1500), st.sampled_from([0, 64]))
