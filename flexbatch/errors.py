@@ -9,7 +9,8 @@
      ├── OutputError               6   the output folder: permission, full disk
      │    ├── FingerprintError     6   the folder belongs to another run
      │    └── LockedError          6   another process is running on the folder
-     ├── EngineError               7   generation failed (a read failed under way, the device ran out of memory)
+     ├── EngineError               7   generation failed (a read failed under way)
+     │    └── OutOfMemory          7   memory ran out under way, on whichever tier
      └── Interrupted             130   Ctrl-C; everything finished so far is on disk
 
 A message says what is wrong, where (key or file), which value, and what to do. The command line prints it in a few
@@ -67,6 +68,10 @@ class LockedError(OutputError):
 
 class EngineError(FlexbatchError):
     exit_code = 7
+
+
+class OutOfMemory(EngineError):
+    """Memory ran out while rows were in flight: fewer of them need less."""
 
 
 class Interrupted(FlexbatchError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -11,12 +13,15 @@ from flexbatch.composition import save_config
 from flexbatch.config import Config
 from flexbatch.data.ledger import Ledger
 from flexbatch.data.writer import PartWriter
+from flexbatch.engine.engine import Engine
+from flexbatch.errors import OutOfMemory
 from flexbatch.interrupt import StopSignal
 from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
+from flexbatch.report.disk_watch import DiskWatch
 from flexbatch.report.html import write_report
 from flexbatch.report.plan_record import plan_record
-from flexbatch.report.plan_text import Plan, plan_lines, predicted_against_measured, print_plan
+from flexbatch.report.plan_text import Measured, Plan, plan_lines, predicted_against_measured, print_plan
 from flexbatch.report.progress import Progress
 from flexbatch.report.summary import closing_lines, invocation, print_summary, print_table
 from flexbatch.report.timeline import Timeline, last_attempt, read_timeline, totals, totals_text
@@ -25,7 +30,7 @@ from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
 from flexbatch.stages.model import Model, find_model, find_model_to_plan
 from flexbatch.stages.opening import open_for
-from flexbatch.stages.planning import draw_frontier, make_plan, plan_run
+from flexbatch.stages.planning import draw_frontier, make_plan, plan_run, with_fewer_slots
 from flexbatch.stages.results import RunSummary, summarize_run
 from flexbatch.stages.tally import Tally, peak_memory
 from flexbatch.stages.work import Work, describe_work
@@ -77,16 +82,52 @@ def announce(model: Model, work: Work, plan: Plan) -> None:
 def _generate(
     config: Config, model: Model, work: Work, plan: Plan, ledger: Ledger, writer: PartWriter, stop: StopSignal
 ) -> None:
-    """The part of a run that needs the model in memory."""
+    """The part of a run that needs the model in memory. Where memory runs out it goes on once, with half the slots."""
     trace = ChromeTrace(Path(config.offload.trace)) if config.offload.trace else None
-    engine = open_for(config, model, work, plan, ledger.scratch, trace.event if trace else None)
+
+    def attempt(plan: Plan) -> None:
+        watch = DiskWatch(plan.hardware.disk_read)
+
+        def on_event(kind: str, name: str, started: float, ended: float, nbytes: int) -> None:
+            watch.event(kind, name, started, ended, nbytes)
+            if trace:
+                trace.event(kind, name, started, ended, nbytes)
+
+        engine = open_for(config, model, work, plan, ledger.scratch, on_event)
+        tally = _pass_by_pass(engine, work, plan, ledger, writer, stop, watch)
+        _tell(plan, tally.measured(peak_memory(model.device)), ledger)
+
+    try:
+        try:
+            attempt(plan)
+            return
+        except OutOfMemory as error:
+            fewer = with_fewer_slots(plan)
+            if fewer is None:
+                raise
+            said = error.message
+        gc.collect()  # the failed pass's frames, with all that they hold
+        slots = fewer.prediction.policy.slots
+        print(f"{said} The job goes on with {slots} slots; what is finished stays.", file=sys.stderr)
+        ledger.take_up()
+        attempt(fewer)
+    finally:
+        if trace:
+            trace.close()
+
+
+def _pass_by_pass(
+    engine: Engine, work: Work, plan: Plan, ledger: Ledger, writer: PartWriter, stop: StopSignal, watch: DiskWatch
+) -> Tally:
+    """Runs the engine to the end of the work, with everything that looks on, and closes it."""
     ledger.save_plan(plan_record(plan))
     tally = Tally()
     to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
     planned = plan.prediction.seconds * to_do
     with (
+        contextlib.closing(engine),
         Timeline(ledger.folder) as timeline,
-        Progress(work.total, ledger.rows_done, sys.stderr, planned_seconds=planned) as progress,
+        Progress(work.total, ledger.rows_done, sys.stderr, planned_seconds=planned, note=watch.note) as progress,
     ):
 
         def on_pass(result: PassResult, rows_done: int) -> None:
@@ -95,14 +136,13 @@ def _generate(
             timeline.update(result, rows_done)
             stop.check()
 
-        try:
-            generate(engine, work, ledger, writer, on_pass)
-            progress.finish(ledger.rows_done)
-        finally:
-            engine.close()
-            if trace:
-                trace.close()
-    measured = tally.measured(peak_memory(model.device))
+        generate(engine, work, ledger, writer, on_pass)
+        progress.finish(ledger.rows_done)
+    return tally
+
+
+def _tell(plan: Plan, measured: Measured, ledger: Ledger) -> None:
+    """What it really took, beside the plan."""
     ledger.save_plan(plan_record(plan, measured))
     print_table(predicted_against_measured(plan, measured))
     print(totals_text(totals(last_attempt(read_timeline(ledger.folder)))), file=sys.stderr)

@@ -89,6 +89,10 @@ class Ledger:
         """What earlier attempts left in the journal, by index: completions to take over, tokens to go on from."""
         return self._saved
 
+    def take_up(self) -> None:
+        """For another attempt in this process: what was recorded until now is what earlier attempts left."""
+        self._saved = self._journal.saved()
+
     @property
     def rows_written(self) -> int:
         """Rows in written parts. The job is over when these are all: a finished row may still wait for its part."""

@@ -69,8 +69,8 @@ def rows_text(now: Snapshot) -> str:
     return f"{now.rows_done:,}/{now.total_rows:,} rows ({share:.0%})"
 
 
-def line_text(now: Snapshot, clock: datetime) -> str:
-    """The whole state in one plain line."""
+def line_text(now: Snapshot, clock: datetime, note: str = "") -> str:
+    """The whole state in one plain line; `note` is what else there is to say."""
     parts = [
         rows_text(now),
         f"{rate_text(now.decode_tokens_per_second)} tokens/s",
@@ -82,6 +82,8 @@ def line_text(now: Snapshot, clock: datetime) -> str:
         parts.append(traffic)
     if now.wait_share >= 0.005:
         parts.append(f"waiting {now.wait_share:.0%}")
+    if note:
+        parts.append(note)
     if now.pass_seconds >= LONG_PASS_SECONDS:
         parts.append(f"{duration_text(now.pass_seconds)} into this pass")
     if now.seconds_left == 0:
@@ -91,7 +93,7 @@ def line_text(now: Snapshot, clock: datetime) -> str:
     return " | ".join(parts)
 
 
-def panel(now: Snapshot, clock: datetime) -> Group:
+def panel(now: Snapshot, clock: datetime, note: str = "") -> Group:
     """The same for a terminal, on four lines that stay where they are."""
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
@@ -109,7 +111,10 @@ def panel(now: Snapshot, clock: datetime) -> Group:
             f"  {rate_text(now.decode_tokens_per_second)} tokens/s generated, "
             f"{rate_text(now.prefill_tokens_per_second)} tokens/s of prompts"
         ),
-        Text(f"  {traffic_text(now.bytes_per_second) or 'no bytes moved'}; {now.wait_share:.0%} of the time waiting"),
+        Text(
+            f"  {traffic_text(now.bytes_per_second) or 'no bytes moved'}; {now.wait_share:.0%} of the time waiting"
+            + (f"; {note}" if note else "")
+        ),
         Text(f"  {duration_text(now.elapsed)} so far, {left}" if now.seconds_left else "  done"),
     )
 
@@ -119,7 +124,8 @@ class Progress:
 
     The finish time comes from the rows finished in the last minutes of this attempt alone. While a pass takes minutes
     a line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it. Until
-    the first row is finished the time left is what the plan says, `planned_seconds` for this attempt.
+    the first row is finished the time left is what the plan says, `planned_seconds` for this attempt. What `note` says
+    comes with it.
     """
 
     def __init__(
@@ -130,12 +136,14 @@ class Progress:
         *,
         planned_seconds: float = math.inf,
         every_seconds: float = 5.0,
+        note: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_rows = total_rows
         self._planned_seconds = planned_seconds
         self._stream = stream or sys.stderr
         self._every = self._pause = every_seconds
+        self._note = note
         self._clock = clock
         self._decode_tokens = self._prefill_tokens = self._in_flight = 0
         self._wait_seconds = 0.0
@@ -204,11 +212,11 @@ class Progress:
 
     def _print(self) -> None:
         self._printed = self._clock()
-        line = line_text(self.now, datetime.now().astimezone())
+        line = line_text(self.now, datetime.now().astimezone(), self._note())
         if line != self._last_line:
             print(line, file=self._stream, flush=True)
         self._last_line = line
 
     def _renderable(self) -> Group:
         with self._lock:
-            return panel(self.now, datetime.now().astimezone())
+            return panel(self.now, datetime.now().astimezone(), self._note())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
 
 from flexbatch.data.ledger import Ledger
 from flexbatch.data.parts import PartAssembler
 from flexbatch.data.read_ahead import ReadAhead
 from flexbatch.data.writer import PartWriter
 from flexbatch.engine.engine import Engine
+from flexbatch.errors import CapacityError, OutOfMemory
 from flexbatch.records import Completion, Part, PassResult
 from flexbatch.stages.feed import Feed
 from flexbatch.stages.work import Work
@@ -20,7 +23,10 @@ OnPass = Callable[[PassResult, int], None]
 
 
 def generate(engine: Engine, work: Work, ledger: Ledger, writer: PartWriter, on_pass: OnPass) -> None:
-    """Runs all rows that are not done yet and writes their parts. Whatever stops it, what is finished is on disk."""
+    """Runs all rows that are not done yet and writes their parts. Whatever stops it, what is finished is on disk.
+
+    OutOfMemory where the passes need more memory than there is, or than a limit allows.
+    """
     assembler, scorer = PartAssembler(work.part_rows), work.scorer
 
     def write(part: Part) -> None:
@@ -35,7 +41,7 @@ def generate(engine: Engine, work: Work, ledger: Ledger, writer: PartWriter, on_
 
     with ReadAhead(work.placed(), READ_AHEAD) as placed:
         feed = Feed(placed, ledger, assembler)
-        for result in engine.run(feed):
+        for result in within_memory(engine.run(feed)):
             ledger.record(result)
             complete(feed.take_finished())
             complete(result.completions)
@@ -43,3 +49,28 @@ def generate(engine: Engine, work: Work, ledger: Ledger, writer: PartWriter, on_
         complete(feed.take_finished())
     for part in assembler.close():
         write(part)
+
+
+def within_memory(passes: Iterator[PassResult]) -> Iterator[PassResult]:
+    """The passes, with every way in which memory runs out told as OutOfMemory."""
+    while True:
+        try:
+            result = next(passes, None)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"Memory ran out under way: {' '.join(str(error).split())[:300] or type(error).__name__}",
+                remedy="Set offload.slots or offload.prefill_tokens lower, or the limit of the tier higher, and start "
+                "the same command again: it goes on.",
+            ) from error
+        if result is None:
+            return
+        yield result
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """A tier's budget, an accelerator's allocator, or the system's (of which torch on a CPU has no class)."""
+    if isinstance(error, CapacityError | torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

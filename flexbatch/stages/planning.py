@@ -12,6 +12,7 @@ from flexbatch.composition import bundled
 from flexbatch.config import Config
 from flexbatch.engine.calibration import familiar_hardware, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
+from flexbatch.plan.cost_model import predict
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import ModelSpec
@@ -44,6 +45,15 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Pla
     workload = describe_workload(work, work.scan)
     _, prediction = choose_policy(spec, hardware, workload, config.offload)
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
+
+
+def with_fewer_slots(plan: Plan) -> Plan | None:
+    """The plan with half the rows in flight and half the prompt tokens per pass; None where there is one row."""
+    policy = plan.prediction.policy
+    if policy.slots == 1:
+        return None
+    fewer = replace(policy, slots=policy.slots // 2, prefill_tokens=max(1, policy.prefill_tokens // 2))
+    return replace(plan, prediction=predict(plan.spec, plan.hardware, plan.workload, fewer))
 
 
 def model_spec(model: Model) -> ModelSpec:
