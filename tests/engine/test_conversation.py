@@ -30,6 +30,7 @@ PLACEMENTS = {
     "mixed": Policy(Shares(0.3, 0.3), Shares(0.35, 0.4), Shares(0.2, 0.5)),
     "streamed weights": Policy(DISK, DEVICE, DEVICE),
 }
+MIXED_KV = Shares(0.35, 0.4)
 CONTEXT = 96
 NEW = 8
 ALWAYS = (1.0,) * (LONGEST_DRAFT + 1)
@@ -112,6 +113,17 @@ def test_sampled_answers_are_those_without_lookup(tmp_path: Path) -> None:
         answers.append([token for came in conversation.say(sampling, pass_seconds) for token in came])
         conversation.close()
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_kv_cache_gives_the_same_with_and_without_lookup(bits: int, tmp_path: Path) -> None:
+    policy = Policy(DISK, MIXED_KV, DEVICE, kv_bits=bits)
+    said = []
+    for pass_seconds in (NO_LOOKUP, ALWAYS):
+        conversation = opened("opt", policy, tmp_path)
+        said.append([turn(conversation, asked, pass_seconds, new=12) for asked in repeating(2)])
+        conversation.close()
+    assert said[0] == said[1]
 
 
 def test_a_long_text_is_read_in_one_pass_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
