@@ -265,7 +265,8 @@ def _check_instances(spec: AdapterSpec, metrics: Sequence[str], evaluated: Seque
     if bare:
         raise DataError(
             f"{where}.data: {len(bare)} of {len(evaluated)} instances have no correct reference (first: {bare[0]})",
-            remedy="An evaluation needs references; use job=generate for prompts without any.",
+            remedy="References stand in the column 'references', or the one that data.columns.references names; use "
+            "job=generate for prompts without any.",
         )
     if spec.method != GENERATION:
         single = [instance.id for instance in evaluated if len(instance.references) < 2]

@@ -24,6 +24,7 @@ from flexbatch.evaluation.synthetic import (
     synthetic_reasoning,
     synthetic_reasoning_natural,
 )
+from flexbatch.records import Row
 
 Options = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ def _from_shards(options: Options, where: str) -> list[Instance]:
     names |= options.get("columns") or {}
     dataset = DatasetConfig(path=options["path"], format=options.get("format", "auto"))
     instances = []
-    for row in read_rows(dataset):
+    for row in _shard_rows(dataset, where):
         place = f"{where}: row {row.row} of {row.shard}"
         fields = row.fields
         text = fields.get(names["input"])
@@ -47,6 +48,15 @@ def _from_shards(options: Options, where: str) -> list[Instance]:
         split = str(fields.get(names["split"]) or options.get("split", TEST))
         instances.append(Instance(text, references, split, str(fields.get(names["id"]) or "")))
     return instances
+
+
+def _shard_rows(dataset: DatasetConfig, where: str) -> Iterator[Row]:
+    """The rows; what is wrong with them is said under the scenario's keys."""
+    try:
+        yield from read_rows(dataset)
+    except DataError as error:
+        message, remedy = (text.replace("dataset.", f"{where}.") for text in (error.message, error.remedy))
+        raise DataError(message, remedy=remedy) from error
 
 
 def _row_references(texts: Any, correct: Any, place: str) -> tuple[Reference, ...]:

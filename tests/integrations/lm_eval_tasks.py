@@ -45,20 +45,20 @@ def write_tasks(folder: Path, *, long_text: int = 0) -> list[str]:
     return [f"local_{name}" for name in ("choices", "letters", "generation", "perplexity")]
 
 
-def write_mmlu(folder: Path, realdata: Path, subject: str, rows: int) -> str:
-    """A four-choice task of one MMLU subject, five shots of its dev split; its name."""
+def write_mmlu(folder: Path, realdata: Path, subject: str, rows: int | None = None, shots: int = 5) -> str:
+    """A four-choice task of one MMLU subject (its first `rows`), with shots of its dev split; its name."""
     (source,) = (realdata / "mmlu" / "test").glob(f"{subject}*.csv")
-    (shots,) = (realdata / "mmlu" / "dev").glob(f"{subject}*.csv")
+    (examples,) = (realdata / "mmlu" / "dev").glob(f"{subject}*.csv")
     write_task(
         folder,
         f"mmlu_{subject}",
         _questions(source)[:rows],
-        shots=_questions(shots)[:5],
+        shots=_questions(examples),
         output_type="multiple_choice",
         doc_to_text="{{question}}\nA. {{a}}\nB. {{b}}\nC. {{c}}\nD. {{d}}\nAnswer:",
         doc_to_target="label",
         doc_to_choice=list(LETTERS),
-        num_fewshot=2,
+        num_fewshot=shots,
         fewshot_split="shots",
         metric_list=metrics("acc"),
     )

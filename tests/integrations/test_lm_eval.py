@@ -70,7 +70,36 @@ def test_a_trained_model_gets_the_answers_of_the_hf_backend(realdata: Path, tmp_
 @pytest.mark.realdata
 @pytest.mark.parametrize("subject", ["us_foreign_policy", "abstract_algebra"])
 def test_mmlu_scores_as_with_the_hf_backend(realdata: Path, tmp_path: Path, subject: str) -> None:
-    compare(realdata / "stories260k", tmp_path, [write_mmlu(tmp_path, realdata, subject, rows=12)])
+    compare(realdata / "stories260k", tmp_path, [write_mmlu(tmp_path, realdata, subject, rows=12, shots=2)])
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("subject", ["abstract_algebra", "college_physics"])
+@pytest.mark.parametrize("model", ["stories260k", "random OPT"])
+def test_a_whole_mmlu_subject_with_five_shots_scores_as_with_the_hf_backend(
+    realdata: Path, tmp_path: Path, model: str, subject: str
+) -> None:
+    """Prompts longer than the 512 positions of stories260k are cut; the random OPT reads them whole."""
+    folder = realdata / model if model == "stories260k" else random_opt(tmp_path / "opt", realdata / "opt-tokenizer")
+    compare(folder, tmp_path, [write_mmlu(tmp_path, realdata, subject)])
+
+
+def random_opt(folder: Path, tokenizer: Path) -> Path:
+    """OPT with its true vocabulary and 2,048 positions, narrow and random."""
+    import torch
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
+    model = OPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # spread the logits, so that greedy choices are clear
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
 
 
 def test_contexts_that_end_in_spaces_and_empty_ones_are_split_as_by_hf(small_model: Path) -> None:
