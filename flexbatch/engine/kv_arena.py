@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.engine.attention import OwnKeys
-from flexbatch.engine.kv_form import KVForm, Parts, kv_form
+from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.plan.policy import Tier
 
@@ -63,13 +63,13 @@ class LayerStore:
         columns: int,
         counts: tuple[int, int],
         storage: Storage,
-        form: KVForm,
+        forms: tuple[KVForm, KVForm],
         expansion: Expansion,
     ) -> None:
         self.index, self.slots, self.columns = index, slots, columns
         self.segments: list[Segment] = []
         self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
-        self._storage, self._form, self._expansion = storage, form, expansion
+        self._storage, self._forms, self._expansion = storage, forms, expansion
         self._dtype = torch.float32
         self._sizes: tuple[int, int] = (0, 0)
 
@@ -83,24 +83,22 @@ class LayerStore:
             if count:
                 parts = tuple(
                     self._storage.zeros(tier, (count, new.shape[1], self.columns, size), dtype, "KV cache")
-                    for new in (keys, values)
-                    for size, dtype in self._form.stored(new.shape[3], new.dtype)
+                    for new, form in zip((keys, values), self._forms, strict=True)
+                    for size, dtype in form.stored(new.shape[3], new.dtype)
                 )
                 self.segments.append(Segment(tier, first, count, parts))
                 first += count
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
         """Keys and values as they are stored."""
-        return (*self._form.pack(keys), *self._form.pack(values))
+        return (*self._forms[0].pack(keys), *self._forms[1].pack(values))
 
     def seen(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
         """What attention gets for these keys and values: themselves, or what packing them to `parts` has left."""
-        if not self._form.is_packed:
+        if not self._is_packed:
             return keys, values
-        half = len(parts) // 2
         seen = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (keys, values)]
-        self._form.unpack(parts[:half], seen[0])
-        self._form.unpack(parts[half:], seen[1])
+        self._unpack(parts, seen[0], seen[1])
         return seen[0], seen[1]
 
     def write_column(self, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -170,6 +168,15 @@ class LayerStore:
                 for slot in part:
                     slot[:, : self.columns - by] = slot[:, by:].clone()
 
+    @property
+    def _is_packed(self) -> bool:
+        return self._forms[0].is_packed
+
+    def _unpack(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> None:
+        half = len(parts) // 2
+        self._forms[0].unpack(parts[:half], keys)
+        self._forms[1].unpack(parts[half:], values)
+
     def _segment(self, slot: int) -> Segment:
         return next(s for s in self.segments if s.first <= slot < s.first + s.count)
 
@@ -182,8 +189,7 @@ class LayerStore:
         )
         for segment, inside, outside in blocks:
             parts = tuple(part[inside, :, columns] for part in segment.parts)
-            self._form.unpack(parts[:half], keys[outside])
-            self._form.unpack(parts[half:], values[outside])
+            self._unpack(parts, keys[outside], values[outside])
         return keys, values
 
 
@@ -205,9 +211,9 @@ class KVArena:
     ) -> None:
         self.span, self.slots, self.columns = span, slots, span + slack
         self.end = span - 1
-        form, expansion = kv_form(bits), Expansion(slots, span, storage)
+        forms, expansion = kv_forms(bits), Expansion(slots, span, storage)
         self.layers = [
-            LayerStore(index, slots, self.columns, each, storage, form, expansion) for index, each in enumerate(counts)
+            LayerStore(index, slots, self.columns, each, storage, forms, expansion) for index, each in enumerate(counts)
         ]
 
     def advance(self) -> None:

@@ -4,8 +4,9 @@ A packed token's keys and values of one head are cut into groups along the head 
 minimum. So a token's numbers depend on nothing but the token: they move with it when the arena is shifted or a slot is
 moved, nothing is ever quantised twice, and what attention sees of a token is the same whether it was part of a prompt,
 of a shared prefix, or generated, in one run or in several. (KIVI, arXiv 2402.02750, groups keys along tokens instead,
-for each channel. That is better at 2 bits; it makes a row's numbers depend on where its groups begin and on which
-tokens are still unpacked, so a resumed row would not get the tokens of an uninterrupted one.)
+for each channel, which bears 4 bits; but then a token's numbers depend on where the row's groups begin and on which
+tokens are still unpacked, so a resumed row would not get the tokens of an uninterrupted one.) Grouped so, keys need 8
+bits: `kv_bits=4` packs values to 4 bits and keys to 8.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flexbatch.memory.quantization import (
     dequantize,
     quantize,
 )
-from flexbatch.plan.model_spec import kv_group_size
+from flexbatch.plan.model_spec import key_bits, kv_group_size
 
 Parts = tuple[torch.Tensor, ...]
 """What is stored of keys or values: tensors `[rows, heads, tokens, ...]`, token by token."""
@@ -87,6 +88,6 @@ class PackedForm:
             dequantize(QuantizedTensor(values, scale, minimum, layout), target)
 
 
-def kv_form(bits: int) -> KVForm:
-    """The form for `kv_bits` 16 (plain), 8 or 4."""
-    return PlainForm() if bits == 16 else PackedForm(bits)
+def kv_forms(bits: int) -> tuple[KVForm, KVForm]:
+    """How keys and values are kept for `kv_bits` 16 (plain), 8 or 4."""
+    return (PlainForm(), PlainForm()) if bits == 16 else (PackedForm(key_bits(bits)), PackedForm(bits))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from flexbatch.plan.cost_model import Resource, Term, by_resource, pass_seconds
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.model_spec import QUANTIZATION_GROUP, ModelSpec, packed_bytes
 from flexbatch.plan.policy import ALL_DEVICE, Shares
 
 # FLOP/s of a decode step's matrix products as the authors fitted it on their T4; few rows are slower still.
@@ -78,9 +78,9 @@ def _prefill(spec: ModelSpec, hardware: HardwareProfile, policy: BlockPolicy, pr
     yield Term("prefill matrices", Resource.COMPUTE, flops / rate, flops, "FLOP")
     attention = spec.attention_flops(tokens, prompt)
     yield Term("prefill attention", Resource.COMPUTE, attention / hardware.attention_flops, attention, "FLOP")
-    nbytes = tokens * spec.kv_bytes_per_token(policy.kv_bits) * (1.0 - policy.kv.device)
+    nbytes = tokens * _kv_bytes(spec, policy) * (1.0 - policy.kv.device)
     yield Term("KV to host", Resource.DEVICE_TO_HOST, nbytes / hardware.device_to_host, nbytes, "bytes")
-    written = tokens * spec.kv_bytes_per_token(policy.kv_bits) * policy.kv.disk
+    written = tokens * _kv_bytes(spec, policy) * policy.kv.disk
     # Writing has a queue of its own beside reading; it is as slow as the disk writes.
     yield Term("KV to disk", Resource.HOST_COMPUTE, written / hardware.disk_write, written, "bytes")
     if policy.kv_bits < 16:
@@ -93,7 +93,7 @@ def _step(spec: ModelSpec, hardware: HardwareProfile, policy: BlockPolicy, posit
     rate = min(DECODE_FLOPS, hardware.gemm_rate(spec.compute_dtype, policy.batch))
     yield Term("decode matrices", Resource.COMPUTE, flops / rate, flops, "FLOP")
     kept = policy.rows * positions
-    nbytes = kept * spec.kv_bytes_per_token(policy.kv_bits)
+    nbytes = kept * _kv_bytes(spec, policy)
     away = nbytes * (1.0 - policy.kv.device)
     read = nbytes * policy.kv.disk
     yield Term("KV from disk", Resource.DISK, read / hardware.disk_read, read, "bytes")
@@ -106,3 +106,10 @@ def _step(spec: ModelSpec, hardware: HardwareProfile, policy: BlockPolicy, posit
     if policy.kv_bits < 16:
         numbers = kept * spec.kv_numbers_per_token
         yield Term("KV expanded", Resource.COMPUTE, numbers / hardware.dequantize_numbers, numbers, "numbers")
+
+
+def _kv_bytes(spec: ModelSpec, policy: BlockPolicy) -> float:
+    """FlexGen packs keys and values alike, in groups of numbers of one token."""
+    if policy.kv_bits == 16:
+        return spec.kv_bytes_per_token()
+    return packed_bytes(spec.kv_numbers_per_token, policy.kv_bits, QUANTIZATION_GROUP)

@@ -49,7 +49,8 @@ class LayerSpec:
         if bits == 16:
             return self.kv_size * number_bytes
         heads = self.kv_size // sum(self.head_sizes)
-        return heads * sum(packed_head_bytes(size, bits) for size in self.head_sizes)
+        keys, values = self.head_sizes
+        return heads * (packed_head_bytes(keys, key_bits(bits)) + packed_head_bytes(values, bits))
 
     @property
     def parameters(self) -> int:
@@ -203,6 +204,12 @@ def layer_activations(hidden_size: int, intermediate_size: int) -> int:
 def packed_bytes(numbers: int, bits: int, group: int) -> int:
     """Bytes of `numbers` packed to `bits` with a scale and a minimum for each group."""
     return numbers * bits // 8 + -(-numbers // group) * GROUP_BYTES
+
+
+def key_bits(kv_bits: int) -> int:
+    """Bits of keys where values have `kv_bits`: never below 8, because a few channels of the keys of many models are
+    far larger than the others, and every score depends on them (docs/benchmarks.md, Quality)."""
+    return max(kv_bits, 8)
 
 
 def kv_group_size(head_size: int) -> int:

@@ -19,7 +19,7 @@ from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
 from flexbatch.plan.memory_need import kv_unit_bytes, kv_units, needs
-from flexbatch.plan.model_spec import kv_group_size, packed_head_bytes
+from flexbatch.plan.model_spec import key_bits, kv_group_size, packed_head_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
 from flexbatch.records import Completion, Request, Sampling
@@ -63,7 +63,7 @@ class PackedReference(DynamicLayer):
     bits = 16
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().update(packed(key_states, self.bits), packed(value_states, self.bits), *args, **kwargs)
+        return super().update(packed(key_states, key_bits(self.bits)), packed(value_states, self.bits), *args, **kwargs)
 
 
 def reference_logits(family: str, tokens: tuple[int, ...], bits: int) -> torch.Tensor:
