@@ -129,7 +129,7 @@ class LayerStore:
             if (stop := min(rows, segment.first + segment.count)) > segment.first
         ]
         columns = slice(first, end + 1)
-        if self._form.is_packed:
+        if self._is_packed:
             return [OwnKeys(*self._unpacked(blocks, rows, columns), slice(0, rows))]
         read = []
         for segment, inside, outside in blocks:
@@ -148,7 +148,7 @@ class LayerStore:
             for row, slot in enumerate(slots)
             for segment in (self._segment(slot),)
         ]
-        if self._form.is_packed:
+        if self._is_packed:
             return self._unpacked(blocks, len(slots), columns)
         keys, values = (
             [segment.parts[which][inside, :, columns].to(device) for segment, inside, _ in blocks] for which in (0, 1)
