@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
-from flexbatch.plan.placement import place_bytes
+from flexbatch.plan.placement import place_weights
 from flexbatch.plan.policy import Shares, Tier
 
 NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
@@ -55,8 +56,10 @@ def parameter_slots(
 
 def place_sources(stops: Sequence[Stop], slots: Mapping[str | None, Sequence[Slot]], shares: Shares) -> dict[str, Tier]:
     """A tier for each source by its name; a source that several stops share (tied weights) is placed once."""
-    sources = {slot.source.name: slot.source for stop in stops for slot in slots.get(stop.name, ())}
-    tiers = place_bytes([source.nbytes for source in sources.values()], shares)
+    owned = [slot.source for stop in stops for slot in slots.get(stop.name, ())]
+    sources, uses = {source.name: source for source in owned}, Counter(source.name for source in owned)
+    sizes = [source.nbytes for source in sources.values()]
+    tiers = place_weights(sizes, [uses[name] for name in sources], shares)
     return dict(zip(sources, tiers, strict=True))
 
 

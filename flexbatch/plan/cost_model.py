@@ -14,6 +14,7 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
+    held_weights,
     needs,
     number_bytes,
     peak_bytes,
@@ -165,10 +166,12 @@ def decode_terms(
 
 
 def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> Iterator[Term]:
-    """The streamed share of the weights, once a pass; tied embeddings go by at every place where they are used."""
-    again = sum(module.parameters for module in spec.outside if module.shared) * spec.dtype_bytes
-    total = streamable_bytes(spec, policy) + again
+    """The streamed share of the weights, once a pass; tied embeddings that are not on the device go by again."""
+    total, again = streamable_bytes(spec, policy), held_weights(spec, policy).again
     from_disk, from_host = total * policy.weights.disk, total * policy.weights.host
+    if again:
+        away = from_disk + from_host
+        from_disk, from_host = (part * (1.0 + again / away) for part in (from_disk, from_host))
     streamed = from_disk + from_host
     if from_disk:
         yield Term("weights from disk", Resource.DISK, from_disk / hardware.disk_read, from_disk, "bytes")

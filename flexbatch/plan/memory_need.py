@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import INTEGERS, ModelSpec
-from flexbatch.plan.placement import place_bytes, place_slots
+from flexbatch.plan.placement import place_slots, place_weights
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, span
 
@@ -42,25 +42,43 @@ def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
     return sum(map(sum, spec.stop_bytes(weight_form(policy))))
 
 
-def largest_stop_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """The most that is needed at one moment: a layer, an embedding or the head."""
-    return max(map(sum, spec.stop_bytes(weight_form(policy))))
+def tied_bytes(spec: ModelSpec, policy: Policy) -> int:
+    """Bytes of weights that a pass uses at several places."""
+    sizes, uses = spec.stop_bytes(weight_form(policy)), spec.stop_uses
+    each = zip((size for stop in sizes for size in stop), (count for stop in uses for count in stop), strict=True)
+    return sum(size for size, count in each if count > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldWeights:
+    """Bytes of weights exactly as placement puts them: on the device, on the host, the most that one stop streams, and
+    those of tied weights that a pass streams again."""
+
+    device: int
+    host: int
+    most: int
+    again: int
+
+
+def held_weights(spec: ModelSpec, policy: Policy) -> HeldWeights:
+    return _held_weights(spec.stop_bytes(weight_form(policy)), spec.stop_uses, policy.weights)
 
 
 @lru_cache(maxsize=256)
-def _held_weights(sizes: tuple[tuple[int, ...], ...], shares: Shares) -> tuple[int, int, int]:
-    """Exactly as placement puts them: bytes on the device, bytes on the host, most bytes that one stop streams."""
-    tiers = iter(place_bytes([size for stop in sizes for size in stop], shares))
-    device = host = most = 0
-    for stop in sizes:
-        streamed = 0
-        for size in stop:
-            tier = next(tiers)
-            device += size * (tier is Tier.DEVICE)
-            host += size * (tier is Tier.HOST)
-            streamed += size * (tier is not Tier.DEVICE)
-        most = max(most, streamed)
-    return device, host, most
+def _held_weights(sizes: tuple[tuple[int, ...], ...], uses: tuple[tuple[int, ...], ...], shares: Shares) -> HeldWeights:
+    flat = [size for stop in sizes for size in stop]
+    times = [count for stop in uses for count in stop]
+    tiers = place_weights(flat, times, shares)
+    placed = iter(tiers)
+    most = max(sum(size for size in stop if next(placed) is not Tier.DEVICE) for stop in sizes)
+    held = [sum(size for size, where in zip(flat, tiers, strict=True) if where is tier) for tier in Tier]
+    again = zip(flat, times, tiers, strict=True)
+    return HeldWeights(
+        device=held[0],
+        host=held[1],
+        most=most,
+        again=sum(size * (count - 1) for size, count, tier in again if tier is not Tier.DEVICE),
+    )
 
 
 def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
@@ -110,15 +128,15 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
 
 
 def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
-    device, host, streamed = _held_weights(spec.stop_bytes(weight_form(policy)), policy.weights)
+    held = held_weights(spec, policy)
     # Room for the two largest units, or what the policy allows, but one unit at the least.
-    stream = max(policy.prefetch_bytes, streamed) if policy.prefetch_bytes and streamed else 2 * streamed
+    stream = max(policy.prefetch_bytes, held.most) if policy.prefetch_bytes and held.most else 2 * held.most
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
-        Need("resident weights", Tier.DEVICE, device),
+        Need("resident weights", Tier.DEVICE, held.device),
         Need("weight stream", Tier.DEVICE, stream),
         Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
-        Need("weights", Tier.HOST, host),
+        Need("weights", Tier.HOST, held.host),
     ]
 
 

@@ -149,6 +149,16 @@ class ModelSpec:
             known[bits] = (*first, *(kinds[layer] for layer in self.layers), *last)
         return known[bits]
 
+    @cached_property
+    def stop_uses(self) -> tuple[tuple[int, ...], ...]:
+        """For every tensor of `stop_bytes`, at how many places of a pass it is used."""
+        own = [module for module in self.outside if not module.shared]
+        tied = [module.parameters for module in self.outside if module.shared]
+        uses = {id(module): (1 + tied.count(module.parameters),) for module in own}
+        first = [uses[id(module)] for module in own if not module.last]
+        last = [uses[id(module)] for module in own if module.last]
+        return (*first, *((1,) * len(layer.tensors) for layer in self.layers), *last)
+
     def _layer_tensors(self, layer: LayerSpec, bits: int) -> tuple[int, ...]:
         return tuple(self.tensor_bytes(numbers, is_matrix, bits) for numbers, is_matrix in layer.tensors)
 

@@ -12,7 +12,7 @@ from flexbatch.plan.admission import EVEN
 from flexbatch.plan.cost_model import Prediction, by_resource, pass_seconds, pass_terms, predict
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
-from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes
+from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes, tied_bytes
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy, Shares, Tier
 from flexbatch.plan.shares_program import Problem, best_shares
@@ -255,18 +255,27 @@ def _may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, pol
 def _fitted(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits
 ) -> Policy | None:
-    """The policy rounded to what can be placed: weights leave a tier that is too full until the exact bytes fit."""
+    """The policy rounded to what can be placed: weights, then KV, leave a tier that is too full until the exact bytes
+    fit."""
     total = streamable_bytes(spec, policy)
+    tied = tied_bytes(spec, policy) / total
+    if 0.0 < policy.weights.device < tied:
+        policy = replace(policy, weights=Shares(tied, min(policy.weights.host, 1.0 - tied)))
     for _ in range(12):
-        peak = peak_bytes(needs(spec, hardware, workload, policy))
+        items = needs(spec, hardware, workload, policy)
+        peak = peak_bytes(items)
         tier = limits.exceeded(peak)
         if tier is None:
             return policy
-        excess = (peak[tier] - limits.of(tier)) / total + 1e-4
-        moved = _moved_weights(policy.weights, tier, excess)
-        if moved is None:
+        excess = peak[tier] - limits.of(tier)
+        weights = _moved(policy.weights, tier, excess / total + 1e-4, least=tied)
+        kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
+        if weights is not None:
+            policy = replace(policy, weights=weights)
+        elif kv is not None and not policy.host_attention:
+            policy = replace(policy, kv=kv)
+        else:
             return None
-        policy = replace(policy, weights=moved)
     return None
 
 
@@ -289,10 +298,10 @@ def _filled(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     return policy
 
 
-def _moved_weights(shares: Shares, tier: Tier, excess: float) -> Shares | None:
-    """`excess` of the weights away from `tier` towards the disk, or None where there is not so much."""
-    if tier is Tier.DEVICE and shares.device > 0:
-        return Shares(max(0.0, shares.device - excess), shares.host)
+def _moved(shares: Shares, tier: Tier, excess: float, least: float) -> Shares | None:
+    """`excess` away from `tier` towards the disk, `least` staying on the device; None where no more can go."""
+    if tier is Tier.DEVICE and shares.device > least:
+        return Shares(max(least, shares.device - excess), shares.host)
     if tier is Tier.HOST and shares.host > 0:
         return Shares(shares.device, max(0.0, shares.host - excess))
     return None

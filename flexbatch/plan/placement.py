@@ -33,6 +33,28 @@ def place_bytes(sizes: Sequence[int], shares: Shares) -> list[Tier]:
     return placed
 
 
+def place_weights(sizes: Sequence[int], uses: Sequence[int], shares: Shares) -> list[Tier]:
+    """As `place_bytes`, for weights of which some are used at several places of a pass (`uses`, a tied embedding).
+
+    Those come first on the device while its share holds them: there they spare most traffic, and the stream's buffers
+    need not have room for them.
+    """
+    total, room, first = sum(sizes), shares.device * sum(sizes), set[int]()
+    for index, size in enumerate(sizes):
+        if uses[index] > 1 and size <= room * (1 + 1e-12):
+            first.add(index)
+            room -= size
+    rest = [index for index in range(len(sizes)) if index not in first]
+    others = sum(sizes[index] for index in rest)
+    if not first or not others:
+        return [Tier.DEVICE] * len(sizes) if not others else place_bytes(sizes, shares)
+    tiers = place_bytes([sizes[index] for index in rest], Shares(max(0.0, room) / others, shares.host * total / others))
+    placed = [Tier.DEVICE] * len(sizes)
+    for index, tier in zip(rest, tiers, strict=True):
+        placed[index] = tier
+    return placed
+
+
 def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, int]]:
     """For each layer, how many of its `slots` are on the device and how many on the host; the rest are on disk.
 

@@ -1,0 +1,24 @@
+"""Weights and KV slots on the tiers."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexbatch.plan.placement import place_weights
+from flexbatch.plan.policy import Shares, Tier
+
+
+@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60), data=st.data())
+def test_tied_weights_come_first_on_the_device_and_shares_still_hold(sizes: list[int], data: st.DataObject) -> None:
+    uses = data.draw(st.lists(st.integers(1, 2), min_size=len(sizes), max_size=len(sizes)))
+    device = data.draw(st.floats(0, 1))
+    shares = Shares(device, data.draw(st.floats(0, 1 - device)))
+    tiers = place_weights(sizes, uses, shares)
+    total, largest = sum(sizes), max(sizes)
+    for tier, share in ((Tier.DEVICE, shares.device), (Tier.HOST, shares.host), (Tier.DISK, shares.disk)):
+        held = sum(size for size, where in zip(sizes, tiers, strict=True) if where is tier)
+        assert abs(held - share * total) <= largest + 1e-6
+    tied = [size for size, count in zip(sizes, uses, strict=True) if count > 1]
+    if sum(tied) <= device * total:
+        assert all(where is Tier.DEVICE for where, count in zip(tiers, uses, strict=True) if count > 1)
