@@ -197,8 +197,9 @@ class ClusterConfig:
 class BenchConfig:
     workload: str = option(
         "random",
-        "random (no shared tokens), fewshot (shared_tokens in common), mixed (real lengths), or scaling (row_counts)",
-        one_of=("random", "fewshot", "mixed", "scaling"),
+        "random (no shared tokens), fewshot (shared_tokens in common), mixed (real lengths), scaling (row_counts), or "
+        "quality (what fewer bits cost)",
+        one_of=("random", "fewshot", "mixed", "scaling", "quality"),
     )
     rows: int = option(64, "bench: prompts", least=1)
     prompt_tokens: int = option(512, "bench: tokens of a prompt (of the longest one for mixed)", least=2)
@@ -215,6 +216,8 @@ class BenchConfig:
     repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)
     row_counts: list[int] = option([10, 100, 1000, 10000], "bench: rows of the runs of scaling", least=1)
     timeout: float = option(3600.0, "bench: seconds after which an engine's run is given up", least=1.0)
+    text: str = option("", "quality: a plain text file to score, beside what the model writes itself", path=True)
+    document: str = option("", "quality: a Markdown file whose marked table is written anew", path=True)
 
 
 @dataclass

@@ -38,10 +38,23 @@ def bench(config: Config) -> None:
     if config.bench.workload == "scaling":
         result["scaling"] = measure_scaling(config, console)
         print_scaling(console, f"{config.model.name}: time and memory against rows", result["scaling"])
+    elif config.bench.workload == "quality":
+        result |= judge(config, console)
     else:
         result |= compare(config, console)
     result["machine"]["load_average_after"] = load_average()
     print(json.dumps(result))
+
+
+def judge(config: Config, console: Console) -> dict[str, Any]:
+    """What fewer bits cost this model. Imports torch, which the parent of timed runs must not."""
+    from flexbatch.bench.quality import as_records, measure_quality, print_quality, write_quality
+
+    measured = measure_quality(config, console)
+    print_quality(console, f"{config.model.name}: what fewer bits cost", measured)
+    if config.bench.document:
+        write_quality(Path(config.bench.document), measured)
+    return {"quality": as_records(measured)}
 
 
 def compare(config: Config, console: Console) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -108,6 +108,16 @@ class Engine:
                     link: count - before.bytes_moved.get(link, 0) for link, count in after.bytes_moved.items()
                 },
             )
+
+    def logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """What follows each token of these prompts, float32 `[rows, tokens of the longest, vocabulary]`, padded on the
+        left; for measurements, between two runs."""
+        kept = max(map(len, prompts))
+        with torch.inference_mode():
+            made: torch.Tensor = walk(
+                [MicroBatch(partial(self._caller.prefill, prompts, [], kept))], self._weights.ready
+            )[0]
+        return made
 
     def close(self) -> None:
         self._weights.close()
