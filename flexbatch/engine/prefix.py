@@ -44,9 +44,11 @@ class PrefixStore:
         self._budget = budget
         self._kept: dict[tuple[int, ...], Prefix] = {}
         self._admitted: dict[tuple[int, ...], int] = {}
+        self._latest: tuple[int, ...] = ()
 
     def get(self, tokens: tuple[int, ...]) -> tuple[Prefix, bool]:
         """The prefix, and whether it is new: then it must be computed in this pass, before its rows."""
+        self._latest = tokens
         known = self._kept.get(tokens)
         if known is not None:
             return known, False
@@ -58,8 +60,9 @@ class PrefixStore:
         self._budget.reserve(prefix.nbytes, "shared prefixes")
 
     def keep_only(self, needed: Iterable[tuple[int, ...]]) -> None:
-        """Gives back every prefix that is not among these tokens."""
-        wanted = set(needed)
+        """Gives back every prefix that is not among these tokens, but for the latest one asked for: groups come in
+        order, so more of its rows may be on their way though none of them waits yet."""
+        wanted = {*needed, self._latest}
         for tokens in [tokens for tokens in self._kept if tokens not in wanted]:
             del self._kept[tokens]
             if tokens in self._admitted:

@@ -67,6 +67,20 @@ def test_scores_after_a_shared_prefix_are_those_without_one(tmp_path: Path) -> N
         torch.testing.assert_close(torch.tensor(scores[0]), torch.tensor(scores[1]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_group_that_no_row_waits_of_between_passes_has_its_prefix_computed_once(slots: int, tmp_path: Path) -> None:
+    """Rows that end at their prefill leave nobody behind; the next ones of the group come with the next pass."""
+    group = (prompts(1, 400, 4)[0] * 3)[:SHARED]
+    asked = [
+        Request(index, group + tokens, shared_tokens=SHARED, score_tokens=1)
+        for index, tokens in enumerate(prompts(7, OWN, 5))
+    ]
+    _, passes = answer(engine(saved("opt"), Policy(slots=slots), SHARED + OWN, tmp_path), asked)
+    assert len(passes) > 2
+    own = sum(len(request.prompt_ids) - SHARED - 1 for request in asked)  # the last token is scored, not read
+    assert sum(result.prefill_tokens for result in passes) == SHARED + own
+
+
 def test_merging_by_log_sum_exp_is_attention_over_both_parts() -> None:
     torch.manual_seed(0)
     rows, heads, kv_heads, tokens, before, size = 3, 4, 2, 5, 11, 16
