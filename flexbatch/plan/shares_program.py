@@ -46,8 +46,13 @@ class Problem:
 
 def best_shares(problem: Problem, policy: Policy) -> Iterator[tuple[float, Policy]]:
     """Each case's best policy with its seconds, as the linear program sees them; nothing where none is feasible."""
-    # With the whole cache on the device there is nothing for the host to attend to.
-    for split_kv in (True,) if policy.host_attention else (False, True):
+    # With the whole cache on the device there is nothing for the host to attend to. Where device and host are one
+    # memory, a cache on disk is mapped pages that are written all the time: under a hard limit they count as memory.
+    if not problem.hardware.has_accelerator:
+        cases: tuple[bool, ...] = (False,)
+    else:
+        cases = (True,) if policy.host_attention else (False, True)
+    for split_kv in cases:
         found = _solve(problem, policy, _open_tiers(problem.hardware, policy, split_kv))
         if found is not None:
             yield found

@@ -74,13 +74,14 @@ def test_more_memory_never_predicts_a_slower_run(name: str) -> None:
 
 @pytest.mark.parametrize("memory", ["1.5GiB", "2GiB", "3GiB", "6GiB"])
 def test_the_optimiser_agrees_with_brute_force(memory: str) -> None:
-    """Every policy on a grid of shares, slots and prefill that fits is no faster than the chosen one (2 %)."""
+    """Every policy on a grid of shares, slots and prefill that fits is no faster than the chosen one (2 %). The cache
+    is in memory: on disk it is only put where nothing else fits."""
     spec, hardware, work = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(24, 256, 16)
     offload = OffloadConfig(device_memory=memory)
     _, made = choose_policy(spec, hardware, work, offload)
     limits, best = limits_of(hardware, offload), float("inf")
-    for weights, kv, slots, joining in itertools.product(EIGHTHS, EIGHTHS, (1, 2, 4, 8, 16, 24), (1, 2, 8)):
-        policy = Policy(weights=weights, kv=kv, slots=slots, prefill_tokens=joining * 256)
+    for weights, slots, joining in itertools.product(EIGHTHS, (1, 2, 4, 8, 16, 24), (0.25, 0.5, 1, 2, 8)):
+        policy = Policy(weights=weights, slots=slots, prefill_tokens=int(joining * 256))
         if limits.exceeded(peak_bytes(needs(spec, hardware, work, policy))) is None:
             best = min(best, predict(spec, hardware, work, policy).seconds)
     assert made.seconds <= best * 1.02
