@@ -56,8 +56,10 @@ def load_pickle(file: Path, *, options_inside: bool = False) -> Any:
 def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a Hugging Face `.bin` checkpoint: one file, shards with an index, or shards alone."""
     tensors: dict[str, StoredTensor] = {}
+    legacy = _LegacyFiles()
     for file in bin_files(folder):
-        state = load_pickle(file)
+        mapped = zipfile.is_zipfile(file)
+        state = load_pickle(file) if mapped else legacy.load(file)
         if not isinstance(state, dict):
             raise ModelError(
                 f"{file} holds a {type(state).__name__}, not a mapping of names to tensors.",
@@ -71,8 +73,32 @@ def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
                     f"{file} and {tensors[name].file} both hold the tensor {name!r}.",
                     remedy="Leave the shards of one checkpoint in the folder.",
                 )
-            tensors[str(name)] = from_tensor(str(name), value.detach(), str(file))
+            tensors[str(name)] = (
+                from_tensor(str(name), value.detach(), str(file)) if mapped else legacy.stored(name, value, file)
+            )
     return tensors
+
+
+class _LegacyFiles:
+    """Files that cannot be mapped: loaded whole, and again when their tensors are read, so that no more than one stays
+    in memory."""
+
+    def __init__(self) -> None:
+        self._file, self._state = Path(), None
+
+    def load(self, file: Path) -> Any:
+        if file != self._file:
+            self._file, self._state = file, load_pickle(file)
+        return self._state
+
+    def stored(self, name: str, value: torch.Tensor, file: Path) -> StoredTensor:
+        shape, dtype = tuple(value.shape), value.dtype
+
+        def read() -> torch.Tensor:
+            found: torch.Tensor = self.load(file)[name].detach()
+            return found
+
+        return StoredTensor(name, shape, dtype, str(file), read)
 
 
 def bin_files(folder: Path) -> list[Path]:

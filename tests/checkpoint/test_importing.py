@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 import time
+import weakref
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from flexbatch.checkpoint import importing
+from flexbatch.checkpoint import importing, torch_files
 from flexbatch.checkpoint.importing import import_checkpoint, is_complete, verify_import
 from flexbatch.errors import CapacityError, FlexbatchError, ModelError, OutputError
 from tests.checkpoint.layouts import (
@@ -90,6 +91,28 @@ def test_a_legacy_pickle_without_zip_is_read_too(tmp_path: Path, opt: PreTrained
     file = tmp_path / "source" / "pytorch_model.bin"
     torch.save(opt.state_dict(), file, _use_new_zipfile_serialization=False)
     assert_same_model(import_checkpoint(tmp_path / "source", tmp_path / "target"), opt)
+
+
+def test_of_several_legacy_pickles_one_at_a_time_is_in_memory(
+    tmp_path: Path, opt: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, names, alive, most = tmp_path / "source", list(opt.state_dict()), [], []
+    opt.config.save_pretrained(source)
+    for shard in range(4):
+        part = {name: opt.state_dict()[name].clone() for name in names[shard::4]}
+        file = source / f"pytorch_model-0000{shard + 1}-of-00004.bin"
+        torch.save(part, file, _use_new_zipfile_serialization=False)
+    load = torch_files.load_pickle
+
+    def watched(file: Path) -> Any:
+        state = load(file)
+        alive.append([weakref.ref(value) for value in state.values()])
+        most.append(sum(any(each() is not None for each in shard) for shard in alive))
+        return state
+
+    monkeypatch.setattr(torch_files, "load_pickle", watched)
+    assert_same_model(import_checkpoint(source, tmp_path / "target"), opt)
+    assert max(most) <= 2, "the file before is given back as the next one has come"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
