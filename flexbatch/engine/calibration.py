@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flexbatch.errors import ConfigError
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_linear
+from flexbatch.memory.main_memory import available_memory, memory_limit
 from flexbatch.memory.quantization import dequantize, quantize
-from flexbatch.memory.tiers import available_memory
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 
@@ -149,7 +149,8 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
         on_device, _ = torch.cuda.mem_get_info(device)
         return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
     return {
-        "device_memory": free + held,
+        # Pages of shared libraries that the process holds may be charged to another group than its own.
+        "device_memory": min(free + held, memory_limit()),
         "host_memory": 0 if device.type == "cpu" else free,
         "disk_space": disk,
         "process_bytes": held + PROCESS_GROWTH,
