@@ -160,7 +160,9 @@ class OffloadConfig:
         "", "folder for KV cache and hidden states on disk; empty: inside the output folder", path=True
     )
     weight_bits: int = option(16, "16 (as stored), 8 or 4: bits of a weight", one_of=(16, 8, 4))
-    kv_bits: int = option(16, "16 (the compute type), 8, or 4 (values; keys then have 8): bits of a cached number", one_of=(16, 8, 4))
+    kv_bits: int = option(
+        16, "16 (the compute type), 8, or 4 (values; keys then have 8): bits of a cached number", one_of=(16, 8, 4)
+    )
     compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU", one_of=("auto", "int8"))
     prefix_sharing: bool = option(True, "compute and keep the KV of shared prompt prefixes once")
     slots: Any = option("auto", "rows in flight", count=True)
