@@ -96,6 +96,12 @@ def _dataset_work(config: Config, model: Model) -> Work:
     longest_new = config.generation.max_new_tokens
     longest, notes = _longest_prompt(config, model, longest_new)
     scorer = build_row_scorer(config.job)
+    for name in scorer.source_columns if scorer else ():
+        if name not in source.columns:
+            key = "job.reference" if config.job.kind == "summarize" else "job.gold"
+            raise ConfigError(
+                f"{key}: the dataset has no column {name!r}.", remedy=f"The columns are: {', '.join(source.columns)}."
+            )
     wanted = dict.fromkeys([*config.output.columns, *(scorer.source_columns if scorer else ())])
     constraints = _constraints(scorer, config, model)
     constraint = next(iter(constraints), "")

@@ -125,6 +125,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "empty stop string": ({"generation__stop": "['']"}, CONFIG, ["generation.stop"]),
     "no disk folder": ({"offload__disk_dir": "/proc/nowhere"}, CONFIG, ["offload.disk_dir", "/proc/nowhere"]),
     "no cache folder": ({"model__cache_dir": "/proc/nowhere"}, CONFIG, ["model.cache_dir", "/proc/nowhere"]),
+    "no column of references": (
+        {"job": "summarize", "job__reference": "summery", "prompt__template": "{{ text }}"},
+        CONFIG,
+        ["job.reference", "summery", "text"],
+    ),
     "no such device": ({"offload__device": "cuda:9"}, CONFIG, ["offload.device", "cuda:9"]),
 }
 
