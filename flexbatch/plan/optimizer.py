@@ -272,7 +272,7 @@ def _fitted(
         kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
         if weights is not None:
             policy = replace(policy, weights=weights)
-        elif kv is not None and not policy.host_attention:
+        elif kv is not None and hardware.has_accelerator and not policy.host_attention:
             policy = replace(policy, kv=kv)
         else:
             return None
