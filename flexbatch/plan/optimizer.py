@@ -129,10 +129,18 @@ def _automatic(
             found += 1
             yield predict(spec, hardware, workload, _filled(spec, hardware, workload, rounded, limits))
     if not found:
-        # So little room that the linear program's margins do not fit: nothing resident, as many slots as there may be.
-        for policy in coarse:
-            for kv in (ALL_DEVICE, NOTHING_RESIDENT):
-                yield predict(spec, hardware, workload, replace(policy, weights=NOTHING_RESIDENT, kv=kv))
+        # So little room that the linear program's margins do not fit: nothing resident, as many slots as there may be;
+        # the cache on disk only where no slot fits otherwise.
+        for kv in (ALL_DEVICE, NOTHING_RESIDENT):
+            tried = [replace(policy, weights=NOTHING_RESIDENT, kv=kv) for policy in coarse]
+            fitting = [policy for policy in tried if _fits(spec, hardware, workload, policy, limits)]
+            yield from (predict(spec, hardware, workload, policy) for policy in fitting)
+            if fitting:
+                return
+
+
+def _fits(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
+    return limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None
 
 
 def _seconds(ranked: tuple[float, Policy]) -> float:
@@ -268,7 +276,11 @@ def _fitted(
         if tier is None:
             return policy
         excess = peak[tier] - limits.of(tier)
-        weights = _moved(policy.weights, tier, excess / total + 1e-4, least=tied)
+        # Tied weights stay as long as they can: without them the stream needs room for them.
+        least = tied if policy.weights.device > tied * (1.0 + 1e-9) else 0.0
+        weights = _moved(policy.weights, tier, excess / total + 1e-4, least)
+        if weights is not None and weights.device < tied:
+            weights = replace(weights, device=0.0)
         kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
         if weights is not None:
             policy = replace(policy, weights=weights)
