@@ -146,3 +146,12 @@ def test_status_and_help_start_without_torch(tmp_path: Path) -> None:
         check=False,
     )
     assert finished.returncode == 0
+
+
+def test_a_command_that_is_done_does_not_wait_for_threads_of_libraries() -> None:
+    script = (
+        "import threading, time; from flexbatch.__main__ import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start(); print('all said'); leave(5)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout) == (5, "all said\n")
