@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test has a time limit of its own: the machine may be busy.
+settings.register_profile("flexbatch", deadline=None)
+settings.load_profile("flexbatch")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

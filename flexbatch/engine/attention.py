@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -48,6 +49,29 @@ class Carried:
 
     shared: Sequence[SharedKeys]
     parts: Sequence[OwnKeys]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
+    layer of their own and what to add to their scores (None: each row sees itself, causally)."""
+
+    tokens: slice
+    rows: int
+    cache: CacheLayerMixin
+    mask: torch.Tensor | None
+
+    def own(self, states: torch.Tensor) -> torch.Tensor:
+        """Its part of queries, keys or values `[1, heads, tokens of all, head_dim]`, as `[rows, heads, tokens,
+        head_dim]`."""
+        mine = states[0, :, self.tokens]
+        return mine.reshape(mine.shape[0], self.rows, -1, mine.shape[2]).transpose(0, 1)
+
+
+def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.Tensor:
+    """`keys`, which attention will cut into stretches before it hands them to the stretches' caches."""
+    keys.stretches = stretches  # type: ignore[attr-defined]
+    return keys
 
 
 def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
@@ -91,6 +115,9 @@ def merging_attention(
 ) -> tuple[torch.Tensor, None]:
     """`query` `[rows, heads, tokens, head_dim]`, `key` and `value` `[rows, kv_heads, columns, head_dim]`; returns
     `[rows, tokens, heads, head_dim]`. Where the keys carry nothing this is Transformers' own SDPA function."""
+    stretches: Sequence[Stretch] = getattr(key, "stretches", ())
+    if stretches:
+        return _attend_stretches(stretches, module, query, key, value, dropout, scaling, **kwargs), None
     carried: Carried | None = getattr(key, "carried", None)
     if carried is None and is_slow_alone(query):
         carried = Carried((), ())
@@ -108,6 +135,25 @@ def merging_attention(
         theirs, their_weight = attend_prefix(query[prefix.rows], prefix.keys, prefix.values, scale)
         output[prefix.rows] = merge(output[prefix.rows], weight[prefix.rows], theirs.float(), their_weight)
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _attend_stretches(
+    stretches: Sequence[Stretch],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """One after the other, each with its cache; what belongs to none (spare tokens at the end) is zero."""
+    output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    for stretch in stretches:
+        keys, values = stretch.cache.update(stretch.own(key), stretch.own(value))
+        own, _ = merging_attention(module, stretch.own(query), keys, values, stretch.mask, dropout, scaling, **kwargs)
+        output[0, stretch.tokens] = own.flatten(0, 1)
+    return output
 
 
 def attend_own(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.engine.attention import SharedKeys, carry
+from flexbatch.engine.attention import SharedKeys, Stretch, carry, lay_side_by_side
 from flexbatch.engine.kv_arena import KeysAndValues, LayerStore
 
 if TYPE_CHECKING:
@@ -218,3 +218,22 @@ class CopiedPrefixLayer(PrefixLayer):  # type: ignore[no-untyped-call]
     ) -> KeysAndValues:
         self._prefix.keep(key_states, value_states)
         return self._seen(key_states, value_states)
+
+
+class SideBySideLayer(_View):  # type: ignore[no-untyped-call]
+    """Several calls' tokens in one row: attention takes them apart, each stretch to its own cache layer."""
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        super().__init__(0)
+        self._stretches = stretches
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        return lay_side_by_side(key_states, self._stretches), value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0

@@ -47,6 +47,9 @@ READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 512 << 20
 
+# Part of the whole memory that a run leaves to the machine's other programs.
+LEFT_TO_OTHERS = 0.05
+
 # Memory that the process takes beyond what it has when the plan is made: kernels' scratch space, tokens, buffers.
 PROCESS_GROWTH = 96 << 20
 
@@ -150,11 +153,18 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
         return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
     return {
         # Pages of shared libraries that the process holds may be charged to another group than its own.
-        "device_memory": min(free + held, memory_limit()),
+        "device_memory": min(free + held - _left_to_others(), memory_limit()),
         "host_memory": 0 if device.type == "cpu" else free,
         "disk_space": disk,
         "process_bytes": held + PROCESS_GROWTH,
     }
+
+
+def _left_to_others() -> int:
+    """Bytes of main memory that a run leaves free on a machine that is not its own: what other programs begin to use in
+    the night must not end it. A memory cgroup is its own."""
+    whole = psutil.virtual_memory().total
+    return int(whole * LEFT_TO_OTHERS) if memory_limit() >= whole else 0
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int = 5, at_least: float = 0.02) -> float:

@@ -5,13 +5,16 @@ Each builds the inputs of one ordinary `model(...)` call: left-padded tokens, th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Generic
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from flexbatch.engine.attention import Stretch
 from flexbatch.engine.cache_layers import (
     CopiedPrefixLayer,
     CopyingPrefillLayer,
@@ -21,11 +24,16 @@ from flexbatch.engine.cache_layers import (
     MergingPrefillLayer,
     PrefillLayer,
     PrefixLayer,
+    SideBySideLayer,
 )
+from flexbatch.engine.head import Read, Reader, SlicedHead
 from flexbatch.engine.kv_arena import KVArena, LayerStore
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix
 from flexbatch.engine.schedule import oldest_column
+
+# Matrix products are slower for odd numbers of rows (docs/benchmarks.md); so many tokens are made a multiple of this.
+EVEN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,87 @@ class DecodeRow:
 
 
 @dataclass(frozen=True)
+class Piece(Generic[Read]):
+    """One call of the model, not yet made: tokens and positions `[rows, tokens]`, the padding mask `[rows, columns]`
+    (1: may be seen), a cache layer for each decoder layer, and who reads the logits of the last `kept` positions (None:
+    it is only for what it leaves in the cache)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    is_padded: bool
+    layers: Sequence[CacheLayerMixin]
+    kept: int
+    reader: Reader[Read] | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.ids.numel()
+
+
+@dataclass(frozen=True)
 class Caller:
-    """What all calls share."""
+    """Makes the pieces of a pass, and calls the model with them: each `alone`, or several `together` in one call."""
 
     stepped: SteppedModel
     arena: KVArena
     device: torch.device
     host_attention: bool = False
 
-    def decode(self, rows: Sequence[DecodeRow]) -> torch.Tensor:
-        """Next-token logits, float32 `[rows, vocabulary]`, of the slots 0 to rows - 1."""
+    @cached_property
+    def head(self) -> SlicedHead:
+        return SlicedHead(self.stepped.model)
+
+    @property
+    def lays_side_by_side(self) -> bool:
+        """Whether pieces may be called `together`."""
+        return self.stepped.merges_prefixes and self.stepped.takes_position_ids
+
+    def alone(self, piece: Piece[Read]) -> list[Read]:
+        """What the piece's reader makes of its logits."""
+        inputs: dict[str, Any] = {
+            "input_ids": piece.ids,
+            "attention_mask": piece.mask,
+            "past_key_values": Cache(layers=list(piece.layers)),
+            "use_cache": True,
+        }
+        if self.stepped.takes_position_ids:
+            inputs["position_ids"] = piece.positions
+        return self.head.read(inputs, piece.kept, piece.reader)
+
+    def together(self, pieces: Sequence[Piece[Any]]) -> list[list[Any]]:
+        """The same for pieces whose tokens go through the model side by side, as one row: every matrix is read once for
+        all of them, and only attention tells them apart. For models whose attention is ours."""
+        dtype, count = self.stepped.model.dtype, sum(piece.tokens for piece in pieces)
+        spare = torch.zeros(-count % EVEN_TOKENS, dtype=torch.long, device=self.device)
+        starts = list(itertools.accumulate((piece.tokens for piece in pieces), initial=0))
+        spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+        masks = [visible(piece.mask, piece.ids.shape[1], dtype) if _is_masked(piece) else None for piece in pieces]
+        caches: list[CacheLayerMixin] = [
+            SideBySideLayer(
+                [
+                    Stretch(*each)
+                    for each in zip(spans, (len(piece.ids) for piece in pieces), layers, masks, strict=True)
+                ]
+            )
+            for layers in zip(*(piece.layers for piece in pieces), strict=True)
+        ]
+        inputs = {
+            "input_ids": torch.cat([*(piece.ids.flatten() for piece in pieces), spare])[None],
+            "position_ids": torch.cat([*(piece.positions.flatten() for piece in pieces), spare])[None],
+            # A mask of four dimensions is taken as it is; attention has each piece's own.
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=dtype, device=self.device),
+            "past_key_values": Cache(layers=[*caches]),
+            "use_cache": True,
+        }
+        return self.head.read_pieces(
+            inputs,
+            [(span, len(piece.ids), piece.kept, piece.reader) for span, piece in zip(spans, pieces, strict=True)],
+        )
+
+    def decode(self, rows: Sequence[DecodeRow], reader: Reader[Read]) -> Piece[Read]:
+        """The next token of the slots 0 to rows - 1."""
         lengths = [row.length for row in rows]
         end, first = self.arena.end, oldest_column(self.arena.end, lengths)
         cached = torch.tensor(lengths, device=self.device)
@@ -57,8 +136,8 @@ class Caller:
         ids = torch.tensor([row.token for row in rows], device=self.device)[:, None]
         before = torch.tensor([len(row.prefix) if row.prefix else 0 for row in rows], device=self.device)
         shared = [(prefix, torch.tensor(members, device=self.device)) for prefix, members in _members(rows)]
-        cache = Cache(layers=[self._decode_layer(layer, len(rows), first, shared) for layer in self.arena.layers])
-        return self._call(ids, mask, (cached + before)[:, None], cache, 1)[:, -1]
+        layers = [self._decode_layer(layer, len(rows), first, shared) for layer in self.arena.layers]
+        return Piece(ids, (cached + before)[:, None], mask, True, layers, 1, reader)
 
     def _decode_layer(
         self, store: LayerStore, rows: int, first: int, shared: Sequence[tuple[Prefix, torch.Tensor]]
@@ -67,42 +146,50 @@ class Caller:
             return MergingDecodeLayer(store, rows, first, self.arena.end, shared, self.host_attention)
         return DecodeLayer(store, rows, first, self.arena.end)
 
-    def compute(self, prefix: Prefix) -> None:
+    def compute(self, prefix: Prefix) -> Piece[None]:
         """The keys and values of a prefix."""
         ids = torch.tensor([prefix.tokens], device=self.device)
         positions = torch.arange(len(prefix), device=self.device)[None]
         kind = PrefixLayer if self.stepped.merges_prefixes else CopiedPrefixLayer
-        cache = Cache(layers=[kind(layer, prefix) for layer in self.arena.layers])
-        self._call(ids, torch.ones_like(ids), positions, cache, 1)
+        layers = [kind(layer, prefix) for layer in self.arena.layers]
+        return Piece(ids, positions, torch.ones_like(ids), False, layers, 1, None)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], slots: Sequence[int], logits_to_keep: int, width: int = 0
-    ) -> torch.Tensor:
-        """Logits of the last `logits_to_keep` positions, float32 `[rows, logits_to_keep, vocabulary]`.
-
-        `prompts` are padded on the left to at least `width` tokens. Their keys and values go into `slots`, or nowhere
-        if there are none.
-        """
-        ids, mask = self._padded(prompts, width)
+        self,
+        prompts: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        logits_to_keep: int,
+        reader: Reader[Read],
+        width: int = 0,
+    ) -> Piece[Read]:
+        """Prompts, padded on the left to at least `width` tokens. Their keys and values go into `slots`, or nowhere if
+        there are none."""
+        ids, mask, is_padded = self._padded(prompts, width)
         end = self.arena.end
-        cache = Cache(layers=[PrefillLayer(layer, slots, end) for layer in self.arena.layers])
-        return self._call(ids, mask, _positions(mask), cache, logits_to_keep)
+        layers = [PrefillLayer(layer, slots, end) for layer in self.arena.layers]
+        return Piece(ids, _positions(mask), mask, is_padded, layers, logits_to_keep, reader)
 
     def prefill_after(
-        self, prefix: Prefix, prompts: Sequence[Sequence[int]], slots: Sequence[int], logits_to_keep: int
-    ) -> torch.Tensor:
+        self,
+        prefix: Prefix,
+        prompts: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        logits_to_keep: int,
+        reader: Reader[Read],
+    ) -> Piece[Read]:
         """As `prefill`, for the tokens that come after a shared prefix."""
-        ids, mask = self._padded(prompts, 0)
-        positions, end, layers = _positions(mask) + len(prefix), self.arena.end, self.arena.layers
+        ids, mask, is_padded = self._padded(prompts, 0)
+        positions, end, stores = _positions(mask) + len(prefix), self.arena.end, self.arena.layers
+        layers: Sequence[CacheLayerMixin]
         if self.stepped.merges_prefixes:
             rows = torch.arange(len(prompts), device=self.device)
-            cache = Cache(layers=[MergingPrefillLayer(layer, slots, end, prefix, rows) for layer in layers])
+            layers = [MergingPrefillLayer(store, slots, end, prefix, rows) for store in stores]
         else:
             own = [len(prompt) for prompt in prompts]
-            cache = Cache(layers=[CopyingPrefillLayer(layer, slots, end, prefix, own) for layer in layers])
+            layers = [CopyingPrefillLayer(store, slots, end, prefix, own) for store in stores]
             columns = torch.arange(len(prefix) + ids.shape[1], device=self.device)
             mask = (columns[None] >= ids.shape[1] - torch.tensor(own, device=self.device)[:, None]).long()
-        return self._call(ids, mask, positions, cache, logits_to_keep)
+        return Piece(ids, positions, mask, is_padded, layers, logits_to_keep, reader)
 
     def extend(
         self,
@@ -111,12 +198,10 @@ class Caller:
         before: Sequence[int],
         end: int,
         logits_to_keep: int,
-    ) -> torch.Tensor:
-        """Logits of the last `logits_to_keep` of these tokens, float32 `[rows, logits_to_keep, vocabulary]`.
-
-        `tokens` (as many for each row) come after the `before` tokens that a row has in the arena already, and end at
-        column `end`. The first part of a prompt has none before it.
-        """
+        reader: Reader[Read] | None,
+    ) -> Piece[Read]:
+        """`tokens` (as many for each row) after the `before` tokens that a row has in the arena already, up to column
+        `end`. The first part of a prompt has none before it."""
         ids = torch.tensor([list(each) for each in tokens], device=self.device)
         start = end + 1 - ids.shape[1]
         cached = torch.tensor(before, device=self.device)
@@ -124,33 +209,32 @@ class Caller:
         columns = torch.arange(first, end + 1, device=self.device)
         mask = (columns[None] >= (start - cached)[:, None]).long()
         positions = cached[:, None] + torch.arange(ids.shape[1], device=self.device)[None]
-        cache = Cache(layers=[ExtendLayer(layer, slots, first, start) for layer in self.arena.layers])
-        return self._call(ids, mask, positions, cache, logits_to_keep)
+        layers = [ExtendLayer(layer, slots, first, start) for layer in self.arena.layers]
+        return Piece(ids, positions, mask, True, layers, logits_to_keep, reader)
 
-    def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and mask, int64 `[rows, width]`."""
+    def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Tokens and mask, int64 `[rows, width]`, and whether any of it is padding."""
         width = max(width, *(len(prompt) for prompt in prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        return ids.to(self.device), mask.to(self.device)
+        return ids.to(self.device), mask.to(self.device), any(len(prompt) < width for prompt in prompts)
 
-    def _call(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache, logits_to_keep: int
-    ) -> torch.Tensor:
-        inputs: dict[str, Any] = {"position_ids": positions} if self.stepped.takes_position_ids else {}
-        output = self.stepped.model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            **inputs,
-        )
-        logits: torch.Tensor = output.logits
-        return logits.float()
+
+def visible(mask: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to attention scores, `[rows, 1, tokens, columns]`: the last `tokens` columns are the queries' own; a
+    query sees what `mask` (int64 `[rows, columns]`) lets it and no column after its own."""
+    columns = mask.shape[1]
+    causal = torch.ones(tokens, columns, dtype=torch.bool, device=mask.device).tril(columns - tokens)
+    seen = causal[None, None] & mask.bool()[:, None, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _is_masked(piece: Piece[Any]) -> bool:
+    """Whether a query of it sees anything but all tokens of its row up to its own."""
+    return piece.is_padded or piece.mask.shape[1] != piece.ids.shape[1]
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

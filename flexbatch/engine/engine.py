@@ -11,19 +11,20 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from flexbatch.engine.calls import Caller, DecodeRow
+from flexbatch.engine.calls import Caller, DecodeRow, Piece
 from flexbatch.engine.growing import ConstraintState, Decoder, GrowingRow, finish
+from flexbatch.engine.head import Reader
 from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix, PrefixStore
-from flexbatch.engine.sampling import choose, log_probabilities
-from flexbatch.engine.schedule import pack
+from flexbatch.engine.reading import Chosen, choose_tokens, score_slice, scored
+from flexbatch.engine.schedule import in_turn, pack, pack_alike
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
 from flexbatch.plan.admission import Admission
@@ -78,6 +79,7 @@ class Engine:
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
+        self._side_by_side = self._caller.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots: list[GrowingRow | None] = [None] * arena.slots
         self._waiting: deque[GrowingRow] = deque()
@@ -114,10 +116,13 @@ class Engine:
         left; for measurements, between two runs."""
         kept = max(map(len, prompts))
         with torch.inference_mode():
-            made: torch.Tensor = walk(
-                [MicroBatch(partial(self._caller.prefill, prompts, [], kept))], self._weights.ready
-            )[0]
-        return made
+            made: list[tuple[slice, slice, torch.Tensor]] = []
+            piece = self._caller.prefill(prompts, [], kept, lambda logits, *where: made.append((*where, logits)))
+            walk([MicroBatch(partial(self._caller.alone, piece))], self._weights.ready)
+        whole = made[0][2].new_empty(len(prompts), kept, made[0][2].shape[-1])
+        for rows, positions, logits in made:
+            whole[rows, positions] = logits
+        return whole
 
     def close(self) -> None:
         self._weights.close()
@@ -153,22 +158,34 @@ class Engine:
         parts, joining, new_prefixes = self._join(this)
         self._fill_holes(parts, joining)
         decoding = self._decoding()
-        batches = [MicroBatch(decoding)] if decoding is not None else []
-        batches += [MicroBatch(partial(self._caller.compute, prefix)) for prefix in new_prefixes]
-        batches += [MicroBatch(partial(self._extend, part)) for part in parts]
-        batches += [MicroBatch(partial(self._prefill, batch)) for batch in joining]
-        results = walk(batches, self._weights.ready)
+        pieces: list[Piece[Any]] = [decoding] if decoding is not None else []
+        pieces += [self._caller.compute(prefix) for prefix in new_prefixes]
+        pieces += [self._part(part) for part in parts]
+        pieces += [self._prefill(batch) for batch in joining]
+        read = self._walk(pieces)
         if decoding is not None:
-            self._settle_decoded(results.pop(0), this)
-        del results[: len(new_prefixes)]
+            self._settle_decoded(read.pop(0), this)
+        del read[: len(new_prefixes)]
         for part in parts:
-            self._settle_part(part, results.pop(0), this)
-        for batch, logits in zip(joining, results, strict=True):
-            self._settle(batch, logits, this)
+            self._settle_part(part, read.pop(0), this)
+        for batch, answers in zip(joining, read, strict=True):
+            self._settle(batch, answers, this)
         if self._prefixes is not None:
             for prefix in new_prefixes:
                 self._prefixes.admit(prefix)
             self._prefixes.keep_only(row.shared_tokens for row in (*self._live, *self._waiting))
+
+    def _walk(self, pieces: list[Piece[Any]]) -> list[list[Any]]:
+        """All pieces through the model: in calls of several where they can be side by side, else each by itself. Gives
+        what was read of each, the slices joined."""
+        if self._side_by_side:
+            groups = in_turn([piece.tokens for piece in pieces])
+            calls = [MicroBatch(partial(self._caller.together, pieces[group])) for group in groups]
+            read = [each for call in walk(calls, self._weights.ready) for each in call]
+        else:
+            calls = [MicroBatch(partial(self._caller.alone, piece)) for piece in pieces]
+            read = walk(calls, self._weights.ready)
+        return [[item for part in each for item in part] for each in read]
 
     def _join(self, this: _Pass) -> tuple[list[Part], list[Joining], list[Prefix]]:
         """Takes the prompts that are prefilled in this pass out of the waiting line: parts of long ones, micro-batches
@@ -202,7 +219,7 @@ class Engine:
         for (kind, shared), members in alike(rows, self._shared):
             prefix = self._prefix(shared, new_prefixes) if shared else None
             lengths = [max(len(row.fed_tokens) - len(shared), self._padded_width) for row in members]
-            for group in pack(lengths):
+            for group in pack_alike(lengths) if self._side_by_side else pack(lengths):
                 chosen = [members[index] for index in group]
                 slots = [free.pop(0) for _ in chosen] if kind is keeps_growing else []
                 batches.append(Joining(chosen, slots, kind is is_scored, prefix))
@@ -230,8 +247,8 @@ class Engine:
             self._arena.move(last, hole)
             self._slots[hole], self._slots[last] = self._slots[last], None
 
-    def _decoding(self) -> partial[torch.Tensor] | None:
-        """The decode call over the slots up to the last live one; empty slots among them are rows of length 0."""
+    def _decoding(self) -> Piece[list[Chosen]] | None:
+        """The decode batch over the slots up to the last live one; empty slots among them are rows of length 0."""
         if not self._live:
             return None
         last = max(slot for slot, row in enumerate(self._slots) if row is not None)
@@ -239,75 +256,60 @@ class Engine:
             DecodeRow(row.tokens[-1], row.arena_length, row.kept_apart) if row is not None else DecodeRow()
             for row in self._slots[: last + 1]
         ]
-        return partial(self._caller.decode, rows)
+        return self._caller.decode(rows, partial(choose_tokens, self._slots[: last + 1], self._vocabulary.end_tokens))
 
-    def _prefill(self, batch: Joining) -> torch.Tensor:
+    def _prefill(self, batch: Joining) -> Piece[list[Any]]:
         keep = max(1, *(row.request.score_tokens for row in batch.rows))
+        reader: Reader[list[Any]] = (
+            partial(score_slice, [row.request for row in batch.rows], keep)
+            if batch.scored
+            else partial(choose_tokens, batch.rows, self._vocabulary.end_tokens)
+        )
         if batch.prefix is None:
             prompts = [row.fed_tokens for row in batch.rows]
-            return self._caller.prefill(prompts, batch.slots, keep, self._padded_width)
+            return self._caller.prefill(prompts, batch.slots, keep, reader, self._padded_width)
         own = [row.fed_tokens[len(batch.prefix) :] for row in batch.rows]
-        return self._caller.prefill_after(batch.prefix, own, batch.slots, keep)
+        return self._caller.prefill_after(batch.prefix, own, batch.slots, keep, reader)
 
-    def _extend(self, part: Part) -> torch.Tensor:
-        return self._caller.extend([part.tokens], [part.of.slot], [part.before], part.last, 1)
+    def _part(self, part: Part) -> Piece[list[Chosen]]:
+        reader = partial(choose_tokens, [part.of.row], self._vocabulary.end_tokens) if part.completes else None
+        return self._caller.extend([part.tokens], [part.of.slot], [part.before], part.last, 1, reader)
 
-    def _settle_part(self, part: Part, logits: torch.Tensor, this: _Pass) -> None:
+    def _settle_part(self, part: Part, chosen: list[Chosen], this: _Pass) -> None:
         """The last part of a prompt gives its row the first token."""
         if part.completes:
-            self._settle(Joining([part.of.row], [part.of.slot], scored=False), logits, this)
+            self._settle(Joining([part.of.row], [part.of.slot], scored=False), chosen, this)
 
-    def _settle_decoded(self, logits: torch.Tensor, this: _Pass) -> None:
+    def _settle_decoded(self, chosen: list[Chosen], this: _Pass) -> None:
         """One more token for every live row; those that are done leave their slots."""
         slots = [slot for slot, row in enumerate(self._slots) if row is not None]
         rows = self._live
         this.decode_tokens += len(rows)
-        self._grow(rows, logits[slots], this)
+        self._grow(rows, chosen, this)
         for slot, row in zip(slots, rows, strict=True):
             if self._is_done(row, this):
                 self._slots[slot] = None
 
-    def _settle(self, batch: Joining, logits: torch.Tensor, this: _Pass) -> None:
-        """What a prefill's logits mean: scores, or each row's first token."""
+    def _settle(self, batch: Joining, read: list[Any], this: _Pass) -> None:
+        """What a prefill's logits gave: scores, or each row's first token."""
         if batch.scored:
-            this.completions += [_score(row.request, logits[index]) for index, row in enumerate(batch.rows)]
+            this.completions += [
+                scored(row.request, [score for number, score in read if number == index])
+                for index, row in enumerate(batch.rows)
+            ]
             return
         this.decode_tokens += len(batch.rows)
-        self._grow(batch.rows, logits[:, -1], this)
+        self._grow(batch.rows, read, this)
         for index, row in enumerate(batch.rows):
             if not self._is_done(row, this) and batch.slots:
                 row.kept_apart = batch.prefix if self._caller.stepped.merges_prefixes else None
                 self._slots[batch.slots[index]] = row
 
-    def _grow(self, rows: list[GrowingRow], logits: torch.Tensor, this: _Pass) -> None:
-        """One more token for each row from its logits, float32 `[rows, vocabulary]`."""
-        samplings = [row.request.sampling for row in rows]
-        steps = [len(row.tokens) for row in rows]
-        allowed = logits
-        for index, row in enumerate(rows):
-            mask = self._forbidden(row, logits.shape[-1])
-            if mask is not None:
-                allowed = logits.clone() if allowed is logits else allowed
-                allowed[index].masked_fill_(mask.to(logits.device), -torch.inf)
-        tokens = choose(allowed, samplings, steps)
-        wanted = any(sampling.logprobs for sampling in samplings)
-        logprobs = log_probabilities(logits, tokens).tolist() if wanted else []
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            row.add(token, logprobs[index] if row.request.sampling.logprobs else None)
+    def _grow(self, rows: list[GrowingRow], chosen: list[Chosen], this: _Pass) -> None:
+        """One more token for each row."""
+        for row, (token, logprob) in zip(rows, chosen, strict=True):
+            row.add(token, logprob if row.request.sampling.logprobs else None)
         this.grown += rows
-
-    def _forbidden(self, row: GrowingRow, vocabulary_size: int) -> torch.Tensor | None:
-        """bool `[vocabulary]`, true for tokens that may not come next (minimum length, constraint), or None."""
-        forbidden = None
-        if row.constraint is not None:
-            forbidden = ~row.constraint.allowed()
-            forbidden = torch.nn.functional.pad(
-                forbidden[:vocabulary_size], (0, max(0, vocabulary_size - len(forbidden))), value=True
-            )
-        if len(row.tokens) < row.request.sampling.min_new_tokens and self._vocabulary.end_tokens:
-            forbidden = torch.zeros(vocabulary_size, dtype=torch.bool) if forbidden is None else forbidden.clone()
-            forbidden[[token for token in self._vocabulary.end_tokens if token < vocabulary_size]] = True
-        return forbidden
 
     def _is_done(self, row: GrowingRow, this: _Pass) -> bool:
         done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder)
@@ -315,13 +317,3 @@ class Engine:
             return False
         this.completions.append(done)
         return True
-
-
-def _score(request: Request, logits: torch.Tensor) -> Completion:
-    """The last `score_tokens` prompt tokens, scored. `logits` float32 `[kept, vocabulary]`."""
-    count = request.score_tokens
-    targets = torch.tensor(request.prompt_ids[-count:], device=logits.device)
-    before = logits[-count:]
-    greedy = bool((before.argmax(-1) == targets).all())
-    logprobs = tuple(log_probabilities(before, targets).tolist())
-    return Completion(request.index, request.prompt_ids[-count:], "", "stop", logprobs, greedy)

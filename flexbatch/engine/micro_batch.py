@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from flexbatch.errors import EngineError
 Ready = Callable[[Stop], AbstractContextManager[None]]
 Parked = Callable[[torch.Tensor], Callable[[], None]]
 """Takes away the memory of a waiting tensor; what it returns brings it back."""
+
+
+_last: ContextVar[Stop | None] = ContextVar("last", default=None)
+"""The stop that a micro-batch was at last (each greenlet has a context of its own)."""
 
 
 class MicroBatch:
@@ -67,25 +72,27 @@ def install_stops(stepped: SteppedModel, parked: Parked | None) -> None:
 
 def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) -> Callable[..., Any]:
     def stopped(*args: Any, **kwargs: Any) -> Any:
+        if stop.layer is None and _last.get() is stop:
+            return forward(*_canonical(args), **kwargs)  # met again at once: its weights are still there
         restore = parked(args[0] if args else kwargs["hidden_states"]) if parked is not None else None
         walker = getcurrent().parent
         assert walker is not None, "a stop was met outside a walk"
         try:
             walker.switch(stop)
+            _last.set(stop)
         finally:
             if restore is not None:
                 restore()
-        args = tuple(_canonical(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
-        return forward(*args, **kwargs)
+        return forward(*_canonical(args), **kwargs)
 
     return stopped
 
 
-def _canonical(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers with the strides of a new tensor.
+def _canonical(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers with the strides of new tensors.
 
     The head gets the last positions of a prefill as a slice. Where its strides are not those of a new tensor, though
     it may pass as contiguous (one row, one position), torch's linear without a bias copies the whole vocabulary matrix
     for each row: a fifth of a small model's prefill.
     """
-    return tensor.reshape(-1).view(tensor.shape)
+    return tuple(each.reshape(-1).view(each.shape) if isinstance(each, torch.Tensor) else each for each in arguments)

@@ -18,6 +18,17 @@ from flexbatch.plan.workload import Workload, columns, span
 MICRO_BATCH_TOKENS = 2048
 
 
+# Logits are made for no more positions at once than fit here: as computed, in float32, and one copy to mask in. Some 90
+# positions of the largest vocabularies (BLOOM's), enough for the head's matrix product to run at full rate.
+LOGITS_BYTES = 256 << 20
+LOGIT_BYTES = 12
+
+
+def logits_at_once(vocab_size: int) -> int:
+    """How many positions' logits are made at once."""
+    return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """One named use of a tier, in bytes."""
@@ -175,7 +186,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     attended = policy.slots * span(workload)
     waiting = (tokens + policy.slots) * spec.hidden_size * size
-    logits = (policy.slots + joining) * spec.vocab_size * (size + 4)
+    logits = min(policy.slots + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
         Need("activations", Tier.DEVICE, max(one_batch, policy.slots) * inner + attended * 8),

@@ -99,7 +99,9 @@ def describe_workload(work: Work, scan: Scan) -> Workload:
     """The scanned prompts stand for all rows."""
     rows = work.total if work.total is not None else max(len(scan.lengths), 1)
     shared = [tokens for tokens in scan.shared if tokens]
-    alike = Workload.from_samples(max(1, rows), scan.lengths or (work.longest_prompt,), work.longest_new)
+    alike = Workload.from_samples(
+        max(1, rows), scan.lengths or (work.longest_prompt,), work.longest_new, new_lengths=scan.new
+    )
     if not shared:
         return alike
     mean = sum(shared) / len(scan.shared)

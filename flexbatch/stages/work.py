@@ -29,11 +29,13 @@ BUILD_ROWS = 256  # rows rendered and tokenized in one call
 class Scan:
     """What the first prompts of a job look like, in its order; all of them if `complete`.
 
-    `lengths` are tokens of prompts that can be run, `shared` how many of them belong to a prefix group (`groups` of
-    them). `longest_own` is the longest prompt without its prefix.
+    `lengths` are tokens of prompts that can be run, `new` the most that each generates (1 where it is only scored: a
+    row that ends at its prefill), `shared` how many of them belong to a prefix group (`groups` of them). `longest_own`
+    is the longest prompt without its prefix.
     """
 
     lengths: tuple[int, ...]
+    new: tuple[int, ...]
     shared: tuple[int, ...]
     groups: int
     longest_own: int
@@ -75,6 +77,7 @@ class Work:
         fit = [prompt for prompt in seen if not prompt.error]
         return Scan(
             lengths=tuple(len(prompt.token_ids) for prompt in fit),
+            new=tuple(1 if prompt.score_tokens else prompt.sampling.max_new_tokens for prompt in fit),
             shared=tuple(prompt.shared_tokens for prompt in fit),
             groups=len({prompt.token_ids[: prompt.shared_tokens] for prompt in fit if prompt.shared_tokens}),
             longest_own=max((len(prompt.token_ids) - prompt.shared_tokens for prompt in fit), default=1),

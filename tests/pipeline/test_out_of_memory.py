@@ -12,6 +12,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from flexbatch import pipeline
 from flexbatch.composition import load_config
+from flexbatch.engine.kv_arena import LayerStore
 from flexbatch.errors import CapacityError, FlexbatchError, OutOfMemory
 from flexbatch.interrupt import StopSignal
 from flexbatch.memory.tiers import TierBudget
@@ -28,18 +29,18 @@ def run(small_model: Path, dataset: Path, output: Path, **more: Any) -> list[dic
     return output_rows(output)
 
 
-def device_of(rows: int, passes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From the given call of a layer on, more than `rows` rows at once are too many. Returns the sizes refused."""
-    forward, calls, refused = OPTDecoderLayer.forward, [0], list[int]()
+def device_of(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After so many writes of decoded tokens, more than `rows` rows at once are too many. Returns the sizes refused."""
+    write, made, refused = LayerStore.write_column, [0], list[int]()
 
-    def limited(self: OPTDecoderLayer, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] > passes and hidden_states.shape[0] > rows:
-            refused.append(hidden_states.shape[0])
+    def limited(self: LayerStore, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        made[0] += 1
+        if made[0] > calls and keys.shape[0] > rows:
+            refused.append(keys.shape[0])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, hidden_states, *args, **kwargs)
+        write(self, column, keys, values)
 
-    monkeypatch.setattr(OPTDecoderLayer, "forward", limited)
+    monkeypatch.setattr(LayerStore, "write_column", limited)
     return refused
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -41,5 +42,5 @@ def test_the_progress_says_how_slow_the_disk_is_and_what_was_counted_on(
     monkeypatch.setattr(BufferedReader, "read", slow)
     said = run("slow")
     assert "waiting for weights from disk at " in said
-    assert "MB/s; the plan counts on 1," in said
+    assert re.search(r"MB/s; the plan counts on [\d,]+", said)
     assert output_rows(tmp_path / "slow") == output_rows(tmp_path / "quick")

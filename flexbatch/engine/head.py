@@ -1,0 +1,133 @@
+"""The head of a causal LM on slices of its last hidden states, so that no call makes more logits than a slice has.
+
+BLOOM's vocabulary has 250,880 words: the logits of 1,000 rows are a gigabyte in float32, and half of that again in 16
+bits. Where a call would make more than a slice, its forward is left as soon as the decoder is through; then the model's
+own forward is entered again for each slice, with the slice in place of what the decoder returns. So whatever the
+model's authors do with logits (scales, soft caps) stays theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from flexbatch.plan.memory_need import logits_at_once
+
+Read = TypeVar("Read")
+Reader = Callable[[torch.Tensor, slice, slice], Read]
+"""Makes of the logits, float32 `[rows, positions, vocabulary]`, what is wanted of them. It is told which rows and which
+of the kept positions they are."""
+
+_leaving: ContextVar[bool] = ContextVar("leaving", default=False)
+_given: ContextVar[Any] = ContextVar("given", default=None)
+# Each micro-batch runs in a greenlet of its own, and so in a context of its own.
+
+
+class _Decoded(Exception):
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+class SlicedHead:
+    """Calls the model and reads its logits, in slices where they are many."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._vocabulary = model.config.get_text_config().vocab_size
+        base = model.base_model
+        for body in (base, getattr(base, "decoder", None)):
+            if isinstance(body, torch.nn.Module):
+                body.forward = _replaceable(body.forward)
+
+    def read(self, inputs: dict[str, Any], logits_to_keep: int, reader: Reader[Read] | None) -> list[Read]:
+        """What `reader` makes of the logits of the last positions, slice after slice: first rows, then positions."""
+        if reader is None:
+            self._model(**inputs, logits_to_keep=1)
+            return []
+        rows = inputs["input_ids"].shape[0]
+        most = logits_at_once(self._vocabulary)
+        if rows * logits_to_keep <= most:
+            logits = self._model(**inputs, logits_to_keep=logits_to_keep).logits
+            return [reader(logits.float(), slice(0, rows), slice(0, logits_to_keep))]
+        output = self._decoded(inputs)
+        return self._read(inputs["input_ids"], output, output[0][:, -logits_to_keep:], reader)
+
+    def read_pieces(
+        self, inputs: dict[str, Any], pieces: Sequence[tuple[slice, int, int, Reader[Any] | None]]
+    ) -> list[list[Any]]:
+        """The same for calls side by side: each is a span of the one row's tokens, really so many rows, of which the
+        last so many positions are read, by its own reader (None: by nobody)."""
+        output, made = self._decoded(inputs), []
+        last = len(pieces) - 1
+        wanted = [reader is not None for *_, reader in pieces]
+        for index, (span, rows, kept, reader) in enumerate(pieces):
+            hidden = output[0][0, span].unflatten(0, (rows, -1))[:, -kept:]
+            ids = inputs["input_ids"][0, span].unflatten(0, (rows, -1))
+            if reader is not None:
+                made.append(self._read(ids, output, hidden, reader))
+            else:
+                made.append([])
+                if index == last and not any(wanted):
+                    self._logits(ids[:1], output, hidden[:1])  # every call comes by the head, where others wait for it
+        return made
+
+    def _read(self, ids: torch.Tensor, output: Any, hidden: torch.Tensor, reader: Reader[Read]) -> list[Read]:
+        return [
+            reader(self._logits(ids[part[0]], output, hidden[part]).float(), *part)
+            for part in slices(hidden.shape[0], hidden.shape[1], logits_at_once(self._vocabulary))
+        ]
+
+    def _decoded(self, inputs: dict[str, Any]) -> Any:
+        leaving = _leaving.set(True)
+        try:
+            self._model(**inputs)
+        except _Decoded as decoded:
+            return decoded.output
+        finally:
+            _leaving.reset(leaving)
+        raise AssertionError(f"{type(self._model).__name__} calls neither its base model nor that one's decoder")
+
+    def _logits(self, ids: torch.Tensor, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+        stands_in = type(output)(last_hidden_state=hidden) if isinstance(output, ModelOutput) else (hidden,)
+        given = _given.set(stands_in)
+        try:
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, logits_to_keep=hidden.shape[1]).logits
+            return logits
+        finally:
+            _given.reset(given)
+
+
+def slices(rows: int, positions: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """`rows` times `positions` cut into blocks of at most `most`: whole rows, or parts of one row."""
+    if positions <= most:
+        step = most // positions
+        for first in range(0, rows, step):
+            yield slice(first, min(rows, first + step)), slice(0, positions)
+        return
+    for row in range(rows):
+        for first in range(0, positions, most):
+            yield slice(row, row + 1), slice(first, min(positions, first + most))
+
+
+def _replaceable(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The outermost decoder that a call meets is left by its result, or replaced by what is given."""
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        given = _given.get()
+        if given is not None:
+            return given
+        if not _leaving.get():
+            return forward(*args, **kwargs)
+        leaving = _leaving.set(False)
+        try:
+            raise _Decoded(forward(*args, **kwargs))
+        finally:
+            _leaving.reset(leaving)
+
+    return replaced

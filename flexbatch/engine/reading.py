@@ -1,0 +1,83 @@
+"""What is read of logits before they are given back: the next tokens of rows, or the scores of given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from flexbatch.engine.growing import GrowingRow
+from flexbatch.engine.sampling import choose, log_probabilities
+from flexbatch.records import Completion, Request
+
+Chosen = tuple[int, float]
+"""A token and the natural logarithm of its probability (0 where nobody asked for it)."""
+
+
+def choose_tokens(
+    rows: Sequence[GrowingRow | None],
+    end_tokens: Collection[int],
+    logits: torch.Tensor,
+    part: slice,
+    _positions: slice,
+) -> list[Chosen]:
+    """The next token of those of `rows` that are in `part` and there, from its logits, float32
+    `[part, 1, vocabulary]`."""
+    there = [(index, row) for index, row in enumerate(rows[part]) if row is not None]
+    if not there:
+        return []
+    own = logits[:, -1] if len(there) == len(logits) else logits[[index for index, _ in there], -1]
+    samplings = [row.request.sampling for _, row in there]
+    allowed = own
+    for index, (_, row) in enumerate(there):
+        mask = forbidden(row, end_tokens, own.shape[-1])
+        if mask is not None:
+            allowed = own.clone() if allowed is own else allowed
+            allowed[index].masked_fill_(mask.to(own.device), -torch.inf)
+    tokens = choose(allowed, samplings, [len(row.tokens) for _, row in there])
+    wanted = any(sampling.logprobs for sampling in samplings)
+    logprobs = log_probabilities(own, tokens).tolist() if wanted else [0.0] * len(there)
+    return list(zip(tokens.tolist(), logprobs, strict=True))
+
+
+def forbidden(row: GrowingRow, end_tokens: Collection[int], vocabulary_size: int) -> torch.Tensor | None:
+    """bool `[vocabulary]`, true for tokens that may not come next (minimum length, constraint), or None."""
+    mask = None
+    if row.constraint is not None:
+        mask = ~row.constraint.allowed()
+        mask = torch.nn.functional.pad(mask[:vocabulary_size], (0, max(0, vocabulary_size - len(mask))), value=True)
+    if len(row.tokens) < row.request.sampling.min_new_tokens and end_tokens:
+        mask = torch.zeros(vocabulary_size, dtype=torch.bool) if mask is None else mask.clone()
+        mask[[token for token in end_tokens if token < vocabulary_size]] = True
+    return mask
+
+
+Score = tuple[list[float], bool]
+"""Log-probabilities of some of a request's scored tokens, and whether greedy decoding would have said them."""
+
+
+def score_slice(
+    requests: Sequence[Request], kept: int, logits: torch.Tensor, rows: slice, positions: slice
+) -> list[tuple[int, Score]]:
+    """The scored tokens that these logits, float32 `[rows, positions, vocabulary]`, predict, with their row's number.
+    The last of the `kept` positions predicts a request's last token."""
+    made = []
+    for index, request in enumerate(requests[rows]):
+        first = max(positions.start, kept - request.score_tokens)
+        if first >= positions.stop:
+            continue
+        # Position k predicts the token that stands `kept` - k from the prompt's end.
+        end = len(request.prompt_ids) - kept
+        wanted = request.prompt_ids[end + first : end + positions.stop]
+        targets = torch.tensor(wanted, device=logits.device)
+        before = logits[index, first - positions.start :]
+        greedy = bool((before.argmax(-1) == targets).all())
+        made.append((rows.start + index, (log_probabilities(before, targets).tolist(), greedy)))
+    return made
+
+
+def scored(request: Request, scores: list[Score]) -> Completion:
+    """A scored request's completion from its slices."""
+    logprobs = tuple(logprob for part, _ in scores for logprob in part)
+    greedy = all(greedy for _, greedy in scores)
+    return Completion(request.index, request.prompt_ids[-request.score_tokens :], "", "stop", logprobs, greedy)
