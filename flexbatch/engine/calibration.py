@@ -45,7 +45,7 @@ HIDDEN = 4096
 WIDTHS = (512, 1024, 2048, 4096)
 READ_BYTES = 8 << 20
 READ_THREADS = 4
-FILE_BYTES = 512 << 20
+FILE_BYTES = 1536 << 20
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05
@@ -338,15 +338,19 @@ def _disk(folder: Path) -> tuple[float, float, float]:
     read."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="flexbatch-measure-") as made:
         file = Path(made) / "block"
-        block = os.urandom(READ_BYTES)
-        started = time.perf_counter()
+        seconds = 0.0
         with file.open("wb") as stream:
             for _ in range(min(FILE_BYTES, shutil.disk_usage(folder).free // 4) // READ_BYTES):
+                block = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
+                started = time.perf_counter()
                 stream.write(block)
+                seconds += time.perf_counter() - started
+            started = time.perf_counter()
             stream.flush()
             os.fsync(stream.fileno())
+            seconds += time.perf_counter() - started
         nbytes = file.stat().st_size
-        written = nbytes / (time.perf_counter() - started)
+        written = nbytes / seconds
         seconds, processor = _read_all(file, nbytes)
     return nbytes / seconds, written, processor / nbytes
 
@@ -373,7 +377,7 @@ def _read_all(file: Path, nbytes: int) -> tuple[float, float]:
             thread.join()
         rounds.append(time.perf_counter() - started)
     reader.close()
-    return min(rounds), sum(cpu)
+    return sorted(rounds)[len(rounds) // 2], sum(cpu)
 
 
 def _processor() -> str:

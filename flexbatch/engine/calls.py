@@ -79,11 +79,6 @@ class Caller:
     def head(self) -> SlicedHead:
         return SlicedHead(self.stepped.model)
 
-    @property
-    def lays_side_by_side(self) -> bool:
-        """Whether pieces may be called `together`."""
-        return self.stepped.merges_prefixes and self.stepped.takes_position_ids
-
     def alone(self, piece: Piece[Read]) -> list[Read]:
         """What the piece's reader makes of its logits."""
         inputs: dict[str, Any] = {

@@ -79,7 +79,7 @@ class Engine:
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
-        self._side_by_side = self._caller.lays_side_by_side and not padded_width
+        self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots: list[GrowingRow | None] = [None] * arena.slots
         self._waiting: deque[GrowingRow] = deque()

@@ -46,6 +46,11 @@ class SteppedModel:
     takes_position_ids: bool
     merges_prefixes: bool
 
+    @property
+    def lays_side_by_side(self) -> bool:
+        """Whether several calls' tokens may go through the model as one row: attention is ours, positions are given."""
+        return self.merges_prefixes and self.takes_position_ids
+
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
         owners: dict[str, str | None] = {}

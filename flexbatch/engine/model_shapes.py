@@ -55,6 +55,7 @@ def spec_from_config(
         outside=outside,
         small_parameters=total - streamed,
         head_parameters=_head_parameters(stepped),
+        side_by_side=stepped.lays_side_by_side,
         stored_dtype=_name(dtype),
         compute_dtype=compute_dtype or _name(dtype),
     )

@@ -128,8 +128,9 @@ def prefill_terms(
     own = load.joining * workload.own_tokens
     tokens = own + load.groups * workload.shared_tokens
     flops = tokens * spec.linear_flops_per_token
+    together = tokens + (load.decoding if spec.side_by_side else 0.0)
     yield _compute(
-        "prefill matrices", flops, hardware.gemm_rate(kind, min(tokens, MICRO_BATCH_TOKENS), spec.hidden_size)
+        "prefill matrices", flops, hardware.gemm_rate(kind, min(together, MICRO_BATCH_TOKENS), spec.hidden_size)
     )
     yield activation_term("prefill activations", spec, hardware, tokens)
     length = workload.own_squares / workload.own_tokens
@@ -147,7 +148,9 @@ def decode_terms(
         return
     kind = gemm_format(spec, policy)
     flops = load.decoding * spec.linear_flops_per_token
-    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, load.decoding, spec.hidden_size))
+    beside = load.joining * workload.own_tokens if spec.side_by_side else 0.0
+    together = min(load.decoding + beside, max(load.decoding, MICRO_BATCH_TOKENS))
+    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, together, spec.hidden_size))
     yield activation_term("decode activations", spec, hardware, load.decoding)
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
     positions = workload.own_tokens + workload.new_tokens
@@ -229,7 +232,10 @@ def overhead_terms(
 ) -> Iterator[Term]:
     """Calls into the layers, one for each micro-batch, and what a pass costs by itself; hidden states that wait."""
     prompts = load.joining * workload.own_tokens
-    batches = -(-prompts // MICRO_BATCH_TOKENS) + (1 if load.decoding else 0)
+    if spec.side_by_side:
+        batches = -(-(prompts + load.decoding) // MICRO_BATCH_TOKENS)
+    else:
+        batches = -(-prompts // MICRO_BATCH_TOKENS) + (1 if load.decoding else 0)
     calls = batches * len(spec.layers)
     yield Term("layer calls", Resource.COMPUTE, calls * hardware.layer_call_seconds, calls, "calls")
     yield Term("pass", Resource.COMPUTE, hardware.pass_seconds, 1, "passes")

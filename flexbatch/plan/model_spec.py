@@ -82,7 +82,7 @@ class ModelSpec:
     `small_parameters` (norms and projections outside the layers) stay on the device; `head_parameters` multiply a
     hidden state once for each output row (an embedding only gathers). `stored_dtype` is the checkpoint's number format,
     `compute_dtype` the one that the maths runs in. `hidden_size` is the width between layers, `intermediate_size` the
-    widest inner activation.
+    widest inner activation. `side_by_side` says that a pass's prompts and decode rows go through the matrices together.
     """
 
     name: str
@@ -95,6 +95,7 @@ class ModelSpec:
     outside: tuple[OutsideSpec, ...]
     small_parameters: int
     head_parameters: int
+    side_by_side: bool = False
     stored_dtype: str = "bfloat16"
     compute_dtype: str = "bfloat16"
 
