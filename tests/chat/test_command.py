@@ -92,6 +92,8 @@ def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_does_not_leave(llama: 
         process.send_signal(signal.SIGINT)
         seen = read_until(ours, "leaves.")
         assert "Ctrl-D" in seen
+        if "> " not in seen.partition("leaves.")[2]:
+            read_until(ours, "> ")  # only then the terminal takes keys one by one: Ctrl-D before would be lost
         os.write(ours, b"\x04")
         assert process.wait(100) == 0
     os.close(ours)
