@@ -20,8 +20,17 @@ class Decoder(Protocol):
 class ConstraintState(Protocol):
     """Where one row stands in its constraint (a JSON schema, a regular expression, a choice of strings)."""
 
+    @property
+    def closing_token(self) -> int:
+        """The next token on a way to a valid end that fits into the row's new tokens."""
+        ...
+
     def allowed(self) -> torch.Tensor:
-        """bool `[vocabulary]`: the tokens that may come next; an end-of-sequence token is one when all is said."""
+        """bool `[vocabulary]`: the tokens that fit; an end-of-sequence token is one when all is said."""
+        ...
+
+    def leaves_room(self, token: int) -> bool:
+        """Whether a valid end is still within reach after this allowed token."""
         ...
 
     def advance(self, token: int) -> None: ...

@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from flexbatch.engine.growing import GrowingRow
+from flexbatch.engine.growing import ConstraintState, GrowingRow
 from flexbatch.engine.sampling import choose, log_probabilities
 from flexbatch.records import Completion, Request
+
+CHOICES = 8  # tokens of a constrained row that are tried before its way to the end is taken
 
 Chosen = tuple[int, float]
 """A token and the natural logarithm of its probability (0 where nobody asked for it)."""
@@ -35,9 +37,22 @@ def choose_tokens(
             allowed = own.clone() if allowed is own else allowed
             allowed[index].masked_fill_(mask.to(own.device), -torch.inf)
     tokens = choose(allowed, samplings, [len(row.tokens) for _, row in there])
+    for index, (_, row) in enumerate(there):
+        if row.constraint is not None:
+            tokens[index] = _with_room_to_end(row, row.constraint, allowed[index], int(tokens[index]))
     wanted = any(sampling.logprobs for sampling in samplings)
     logprobs = log_probabilities(own, tokens).tolist() if wanted else [0.0] * len(there)
     return list(zip(tokens.tolist(), logprobs, strict=True))
+
+
+def _with_room_to_end(row: GrowingRow, constraint: ConstraintState, logits: torch.Tensor, token: int) -> int:
+    """`token`, or the next choice from `logits` `[vocabulary]`, which are changed, that leaves room for a valid end."""
+    for _ in range(CHOICES):
+        if constraint.leaves_room(token):
+            return token
+        logits[token] = -torch.inf
+        token = int(choose(logits[None], [row.request.sampling], [len(row.tokens)])[0])
+    return constraint.closing_token
 
 
 def forbidden(row: GrowingRow, end_tokens: Collection[int], vocabulary_size: int) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
 """Decoding constraints: which tokens may come next so that a completion parses, validates and ends in time.
 
 Grammars are compiled by llguidance; a state holds its matcher for one row. llguidance alone guarantees a valid
-beginning; a completion that runs into `max_new_tokens` would still be cut. So a state watches how many tokens the
-shortest way to a valid end takes, and when these are all that are left, it allows nothing but that way.
+beginning; a completion that runs into `max_new_tokens` would still be cut. So a state always knows a way to a valid
+end, and a token after which that way would be longer than what is left is not said.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from flexbatch.evaluation.grammar import check_grammar, grammar
 # Bytes that lead to an end soonest: close what is open, go on only where that is required.
 CLOSERS: Final = '"}],:0' + string.ascii_lowercase + string.ascii_uppercase + string.digits + string.punctuation + " "
 LONGEST_END: Final = 4096  # tokens; a grammar whose shortest end is longer cannot be ended
-SLACK: Final = 8  # tokens by which one token more can put the end further away
 
 
 @dataclass(frozen=True)
@@ -37,47 +36,61 @@ class Constraint:
     vocabulary: llguidance.LLTokenizer
     vocabulary_size: int
     max_new_tokens: int
+    end_token: int
     closers: tuple[int, ...]
+    way_out: tuple[int, ...]
+
+    def shortest_end(self, matcher: llguidance.LLMatcher) -> tuple[int, ...]:
+        return shortest_end(matcher, self.vocabulary, self.closers)
 
     def start(self) -> ConstraintState:
         return ConstraintState(self)
 
 
 class ConstraintState:
-    """Where one row stands."""
+    """Where one row stands. Its way out, tokens that bring it to a valid end, is never longer than what is left."""
 
     def __init__(self, constraint: Constraint) -> None:
         self._constraint = constraint
         self._matcher = constraint.matcher.deep_copy()
         self._left = constraint.max_new_tokens
-        self._look_at = self._left  # the way to the end is measured again when so many tokens are left
-        self._way: list[int] | None = None
+        self._way_out = constraint.way_out
+        self._ahead: dict[int, tuple[int, ...] | None] = {}  # ways out after tokens that were looked at here
+
+    @property
+    def closing_token(self) -> int:
+        """The next token on the way out; an end-of-sequence token once all is said."""
+        return self._way_out[0] if self._way_out else self._constraint.end_token
 
     def allowed(self) -> torch.Tensor:
-        """bool `[vocabulary_size]`: the tokens that may come next; an end-of-sequence token once all is said."""
-        if self._way is None and self._left <= self._look_at:
-            way = shortest_end(self._matcher, self._constraint)
-            spare = self._left - len(way) - SLACK
-            if spare <= 0:
-                self._way = way
-            self._look_at = self._left - max(1, spare // 2)
-        if self._way:
-            only = torch.zeros(self._constraint.vocabulary_size, dtype=torch.bool)
-            only[self._way[0]] = True
-            return only
+        """bool `[vocabulary_size]`: the tokens that fit the grammar; an end-of-sequence token once all is said."""
         return torch.from_numpy(_mask(self._matcher, self._constraint.vocabulary_size))
+
+    def leaves_room(self, token: int) -> bool:
+        """Whether a valid end can still be reached within `max_new_tokens` once this allowed token is said."""
+        way_out = self._way_out_after(token)
+        return way_out is not None and len(way_out) < self._left
 
     def advance(self, token: int) -> None:
         """EngineError for a token that was not allowed."""
-        if not self._matcher.consume_token(token):
+        way_out = self._way_out_after(token)
+        if way_out is None or not self._matcher.consume_token(token):
             raise EngineError(
                 f"token {token} does not fit the constraint: {self._matcher.get_error()}",
                 remedy="This is a bug in flexbatch, or the journal belongs to another constraint.",
             )
-        self._left -= 1
-        if self._way and self._way.pop(0) != token:
-            self._way = None
-            self._look_at = self._left
+        self._left, self._way_out, self._ahead = self._left - 1, way_out, {}
+
+    def _way_out_after(self, token: int) -> tuple[int, ...] | None:
+        """None for a token that is not allowed. A function of the tokens said so far alone, so that a resumed row
+        goes the same way."""
+        if self._way_out and self._way_out[0] == token:
+            return self._way_out[1:]
+        if token not in self._ahead:
+            probe = self._matcher.deep_copy()
+            taken = probe.consume_token(token)
+            self._ahead[token] = self._constraint.shortest_end(probe) if taken else None
+        return self._ahead[token]
 
 
 def compile_constraint(
@@ -93,35 +106,37 @@ def compile_constraint(
     vocabulary = from_tokenizer(tokenizer, n_vocab=vocabulary_size, eos_token=sorted(end_tokens))
     matcher = llguidance.LLMatcher(vocabulary, grammar(target), log_level=0)
     closers = tuple(dict.fromkeys(vocabulary.greedy_tokenize(character)[0] for character in CLOSERS))
-    constraint = Constraint(matcher, vocabulary, vocabulary_size, max_new_tokens, closers)
-    shortest = len(shortest_end(matcher, constraint))
-    if shortest > max_new_tokens:
+    way_out = shortest_end(matcher, vocabulary, closers)
+    if len(way_out) > max_new_tokens:
         raise ConfigError(
-            f"generation.max_new_tokens is {max_new_tokens}, and the shortest valid output has about {shortest} tokens",
-            remedy=f"Set generation.max_new_tokens to {2 * shortest} or more.",
+            f"generation.max_new_tokens is {max_new_tokens}, and the shortest valid output has about {len(way_out)} "
+            "tokens",
+            remedy=f"Set generation.max_new_tokens to {2 * len(way_out)} or more.",
         )
-    return constraint
+    return Constraint(matcher, vocabulary, vocabulary_size, max_new_tokens, min(end_tokens), closers, way_out)
 
 
-def shortest_end(matcher: llguidance.LLMatcher, constraint: Constraint) -> list[int]:
+def shortest_end(
+    matcher: llguidance.LLMatcher, vocabulary: llguidance.LLTokenizer, closers: Sequence[int]
+) -> tuple[int, ...]:
     """Tokens that bring the matcher to a valid end: a short way, found greedily, not always the shortest."""
     probe = matcher.deep_copy()
     way: list[int] = []
-    while not probe.is_accepting() and len(way) < LONGEST_END:
+    while not (probe.is_accepting() or probe.is_stopped()) and len(way) < LONGEST_END:
         forced = probe.compute_ff_bytes()
-        tokens = constraint.vocabulary.tokenize_bytes(forced) if forced else [_closing_token(probe, constraint)]
+        tokens = vocabulary.tokenize_bytes(forced) if forced else [_closing_token(probe, vocabulary, closers)]
         if not tokens or not probe.consume_tokens(tokens):
             raise EngineError(
                 f"the constraint cannot be brought to an end: {probe.get_error() or 'no token fits'}",
                 remedy="Simplify the schema or the expression, or set job.constrain=false.",
             )
         way += tokens
-    return way
+    return tuple(way)
 
 
-def _closing_token(matcher: llguidance.LLMatcher, constraint: Constraint) -> int:
-    mask = _mask(matcher, constraint.vocabulary_size)
-    for token in constraint.closers:
+def _closing_token(matcher: llguidance.LLMatcher, vocabulary: llguidance.LLTokenizer, closers: Sequence[int]) -> int:
+    mask = _mask(matcher, vocabulary.vocab_size)
+    for token in closers:
         if mask[token]:
             return token
     return int(mask.argmax())

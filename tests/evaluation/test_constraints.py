@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from functools import cache
 from typing import Any
 
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flexbatch.engine.growing import GrowingRow
+from flexbatch.engine.reading import choose_tokens
 from flexbatch.errors import ConfigError, EngineError
 from flexbatch.evaluation.constraints import Constraint, compile_constraint
 from flexbatch.evaluation.fields import Target
 from flexbatch.evaluation.grammar import ascii_classes, check_grammar
+from flexbatch.records import Request, Sampling
 
 ORDER: dict[str, Any] = {
     "type": "object",
@@ -80,7 +84,8 @@ def wander(constraint: Constraint, seed: int, resumed: list[int] | None = None) 
     for token in tokens:
         state.advance(token)
     while len(tokens) < constraint.max_new_tokens:
-        token = rng.choice(state.allowed().nonzero().flatten().tolist())
+        choices = state.allowed().nonzero().flatten().tolist()
+        token = next(each for each in rng.sample(choices, len(choices)) if state.leaves_room(each))
         state.advance(token)
         if token == END:
             break
@@ -88,12 +93,31 @@ def wander(constraint: Constraint, seed: int, resumed: list[int] | None = None) 
     return tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(TARGETS)), seed=st.integers(0, 10_000), spare=st.sampled_from([0, 1, 5, 20, 60]))
 def test_every_way_through_the_allowed_tokens_ends_valid_and_in_time(name: str, seed: int, spare: int) -> None:
     constraint = compiled(name, 70 + spare)
     text = tokenizer().decode(wander(constraint, seed), skip_special_tokens=True)
     assert TARGETS[name].read(text) is not None, text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pairs", ["([a-z0-9]{2})*", "([a-z0-9]{2})+"])
+def test_a_model_that_would_never_stop_is_brought_to_a_valid_end(pairs: str, temperature: float) -> None:
+    target, limit = Target(regex=pairs), 5
+    constraint = compile_constraint(
+        target, tokenizer(), vocabulary_size=len(tokenizer()), end_tokens=[END], max_new_tokens=limit
+    )
+    request = Request(0, (1, 2), Sampling(limit, temperature=temperature, seed=3))
+    row = GrowingRow(request, [], [], constraint.start())
+    wish = torch.zeros(len(tokenizer()))
+    wish[[tokenizer().convert_tokens_to_ids(letter) for letter in string.ascii_lowercase]] = 9.0
+    while not row.tokens or (row.tokens[-1] != END and len(row.tokens) < limit):
+        [(token, _)] = choose_tokens([row], [END], wish[None, None].clone(), slice(0, 1), slice(0, 1))
+        row.add(token, None)
+    text = tokenizer().decode(row.tokens, skip_special_tokens=True)
+    assert len(text) >= limit - 1
+    assert target.read(text) is not None
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
