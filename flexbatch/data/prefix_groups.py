@@ -1,13 +1,14 @@
 """Which prompts share how long a prefix: found from tokens alone, for few-shot jobs and any other dataset.
 
 A group's prefix is computed once and kept once, so a group of n prompts with a prefix of v tokens saves (n - 1) * v
-tokens of prefill. Every prompt belongs to at most one group. The grouping that saves most is found in the tree of
-common prefixes (lcp-intervals, Abouelhoda et al. 2004): a node is either one group, or what is best for its children.
+tokens of prefill. Every prompt belongs to at most one group. Groups are chosen in the tree of common prefixes
+(lcp-intervals, Abouelhoda et al. 2004), from the longest prefixes to the shortest: a branch keeps the groups found in
+it or joins the group around it, whichever saves more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexbatch.records import Prompt
@@ -16,27 +17,54 @@ LEAST_TOKENS = 16  # shorter prefixes (a leading special token, two words) cost 
 LEAST_SAVING = 64  # tokens that a group must save
 
 
+_Group = tuple[list[int], int]
+"""Places of the sorted order, and the tokens that the prompts there share."""
+
+
 @dataclass(slots=True)
 class _Node:
-    """Prompts `left` to `right` of the sorted order, which have `shared` tokens in common."""
+    """Prompts at places `left` to `right` of the sorted order, which have `shared` tokens in common.
+
+    `loose` are its places that are in none of the `groups` found below it.
+    """
 
     shared: int
     left: int
     right: int = 0
     children: list[_Node] = field(default_factory=list)
     saving: int = 0
-    groups: list[tuple[int, int, int]] = field(default_factory=list)  # (left, right, shared tokens)
+    loose: list[int] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
 
     def close(self, right: int) -> None:
-        """Chooses between one group and the children's groups."""
+        """Chooses between the children's groups alone, and a group of its own: of all prompts, or of all but those of
+        children that save more by themselves than they would in it."""
         self.right = right
-        below = sum(child.saving for child in self.children)
-        alone = (right - self.left) * self.shared
-        if self.shared >= LEAST_TOKENS and alone >= max(LEAST_SAVING, below):
-            self.saving, self.groups = alone, [(self.left, right, self.shared)]
-        else:
-            self.saving, self.groups = below, [group for child in self.children for group in child.groups]
+        self.saving, self.groups = sum(child.saving for child in self.children), _groups(self.children)
+        self.loose = self._loose_beside(self.children)
+        for kept in ([], [child for child in self.children if child.gain_apart(self.shared) > 0]):
+            loose = self._loose_beside(kept)
+            own = (len(loose) - 1) * self.shared
+            saving = own + sum(child.saving for child in kept)
+            if self.shared >= LEAST_TOKENS and own >= LEAST_SAVING and saving >= self.saving:
+                self.saving, self.loose, self.groups = saving, [], [(loose, self.shared), *_groups(kept)]
         self.children = []
+
+    def gain_apart(self, shared: int) -> int:
+        """What its groups save beyond a place of all its prompts in a group around it of `shared` tokens."""
+        return self.saving - (self.right - self.left + 1 - len(self.loose)) * shared
+
+    def _loose_beside(self, kept: Sequence[_Node]) -> list[int]:
+        """The places that are in no group if the children `kept` keep theirs and the others give theirs up."""
+        places, place = [], self.left
+        for child in kept:
+            places += [*range(place, child.left), *child.loose]
+            place = child.right + 1
+        return [*places, *range(place, self.right + 1)]
+
+
+def _groups(nodes: Iterable[_Node]) -> list[_Group]:
+    return [group for node in nodes for group in node.groups]
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -65,12 +93,10 @@ def find_groups(prompts: Sequence[tuple[int, ...]], own_tokens: Sequence[int]) -
         max(0, min(common_length(prompts[order[place - 1]], prompts[order[place]]), usable[place - 1], usable[place]))
         for place in range(1, len(order))
     ]
-    return [
-        ([order[place] for place in range(left, right + 1)], tokens) for left, right, tokens in _best_groups(shared)
-    ]
+    return [([order[place] for place in places], tokens) for places, tokens in _best_groups(shared)]
 
 
-def _best_groups(shared: Sequence[int]) -> list[tuple[int, int, int]]:
+def _best_groups(shared: Sequence[int]) -> list[_Group]:
     """`shared[i]` is what places i and i + 1 of the sorted order have in common."""
     stack = [_Node(0, 0)]
     for place, tokens in enumerate([*shared, 0], start=1):

@@ -1,4 +1,4 @@
-"""Prefix groups: sound, disjoint, and worth most."""
+"""Prefix groups: sound, disjoint, and worth nearly the most."""
 
 from itertools import combinations
 
@@ -59,9 +59,20 @@ def best_saving(prompts: list[tuple[int, ...]], indices: tuple[int, ...]) -> int
 
 
 @given(st.lists(prompt_ids, min_size=1, max_size=5))
-def test_no_other_grouping_saves_more(prompts: list[tuple[int, ...]]) -> None:
+def test_no_other_grouping_saves_a_third_more(prompts: list[tuple[int, ...]]) -> None:
     groups = find_groups(prompts, [1] * len(prompts))
-    assert saving(groups) == best_saving(prompts, tuple(range(len(prompts))))
+    assert saving(groups) >= 0.75 * best_saving(prompts, tuple(range(len(prompts))))
+
+
+def test_a_task_with_more_to_share_than_its_neighbours_keeps_to_itself_and_they_still_share() -> None:
+    instructions, shots = tuple(range(200)), tuple(range(1000, 1200))
+    with_shots = [(*instructions, *shots, 2000 + row) for row in range(10)]
+    without = [(*instructions, 3000 + row) for row in range(10)]
+    groups = find_groups([*with_shots, *without], [1] * 20)
+    assert sorted((sorted(members), tokens) for members, tokens in groups) == [
+        (list(range(10)), 400),
+        (list(range(10, 20)), 200),
+    ]
 
 
 def test_few_shot_prompts_share_their_shots() -> None:
