@@ -61,7 +61,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_measurement_gives_possible_figures_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_gives_possible_figures_and_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, fewer in {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "WIDTHS": (1024, 4096)}.items():
         monkeypatch.setattr(calibration, name, fewer)
     disk, cache = tmp_path / "disk", tmp_path / "cache"
