@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -140,7 +140,23 @@ def _dataset_work(config: Config, model: Model) -> Work:
     )
 
 
+def _refuse_unused(config: Config) -> None:
+    """ConfigError for an option that scenarios decide themselves: it would be read by nothing."""
+    used = {"max_tokens", "special_tokens", "window", "padding", "seed"}
+    for group in ("dataset", "prompt", "generation"):
+        given = getattr(config, group)
+        usual = type(given)()
+        for each in fields(given):
+            if each.name not in used and getattr(given, each.name) != getattr(usual, each.name):
+                raise ConfigError(
+                    f"{group}.{each.name} is {getattr(given, each.name)!r}, and job={config.job.name} makes no use of "
+                    "it: its scenarios bring their own data, templates and lengths.",
+                    remedy="Leave it out. job.scenarios.NAME.adapter.max_eval_instances limits the rows of a scenario.",
+                )
+
+
 def _evaluation_work(config: Config, model: Model) -> Work:
+    _refuse_unused(config)
     evaluation = build_evaluation(config.job, seed=config.generation.seed, special_tokens=config.prompt.special_tokens)
     longest_new = max(scenario.spec.max_tokens for scenario in evaluation.scenarios)
     limits = Limits(config.prompt.max_tokens, model.context_tokens)

@@ -130,6 +130,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         CONFIG,
         ["job.reference", "summery", "text"],
     ),
+    "data for scenarios": ({"job": "helm_eval"}, CONFIG, ["dataset.path", "job=helm_eval", "job.scenarios"]),
     "no such device": ({"offload__device": "cuda:9"}, CONFIG, ["offload.device", "cuda:9"]),
 }
 
