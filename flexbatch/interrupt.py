@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 from flexbatch.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Handler = Callable[[int, FrameType | None], None]
 
 
-class StopSignal:
-    """`requested` turns true at the first signal. As a context manager it holds the handlers of both signals.
+class HeldSignals:
+    """As a context manager it holds the handlers of some signals, and gives the earlier ones back."""
 
-    Ending at once loses nothing that is finished: parts appear by a rename, and the journal is appended to.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, handlers: Mapping[signal.Signals, Handler]) -> None:
+        self._handlers = handlers
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, handler) for number, handler in self._handlers.items()}
         return self
 
     def __exit__(
@@ -31,6 +29,17 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class StopSignal(HeldSignals):
+    """`requested` turns true at the first SIGINT or SIGTERM.
+
+    Ending at once loses nothing that is finished: parts appear by a rename, and the journal is appended to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({signal.SIGINT: self._on_signal, signal.SIGTERM: self._on_signal})
+        self.requested = False
 
     def check(self) -> None:
         """Raise Interrupted if a stop was asked for; for the places between two stages."""

@@ -10,6 +10,7 @@ from flexbatch.chat.signals import AnswerSignal
 from flexbatch.chat.templates import Template, choose_template
 from flexbatch.chat.terminal import Terminal
 from flexbatch.config import Config, GenerationConfig
+from flexbatch.data.prompts import sampling_of
 from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.records import Sampling
 from flexbatch.report.plan_text import Plan, plan_lines
@@ -21,7 +22,7 @@ DEFAULTS = ("job=generate", "generation.max_new_tokens=512", "prompt.chat_templa
 
 def chat(config: Config) -> int:
     """Talks until the input ends. The exit code: 0, or that of a CapacityError if a message found no room."""
-    sampling = sampling_of(config.generation)
+    sampling = conversation_sampling(config.generation)
     model = find_model(config)
     template = choose_template(config, model.tokenizer)
     context = context_size(config, model.context_tokens)
@@ -36,20 +37,13 @@ def chat(config: Config) -> int:
     return CapacityError.exit_code if terminal.unanswered and not sys.stdin.isatty() else 0
 
 
-def sampling_of(generation: GenerationConfig) -> Sampling:
+def conversation_sampling(generation: GenerationConfig) -> Sampling:
     """ConfigError for options that mean nothing in a conversation."""
     for name, nothing in (("min_new_tokens", 0), ("logprobs", False), ("num_completions", 1)):
         value = getattr(generation, name)
         if value != nothing:
             raise ConfigError(f"generation.{name}={value}: a conversation does not take this.", remedy="Leave it out.")
-    return Sampling(
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        seed=generation.seed,
-        stop=tuple(generation.stop),
-    )
+    return sampling_of(generation, generation.seed)
 
 
 def introduction(model: Model, plan: Plan, template: Template, context: int) -> list[str]:

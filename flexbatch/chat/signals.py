@@ -5,32 +5,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 from flexbatch.errors import Interrupted
+from flexbatch.interrupt import HeldSignals
 
 
-class AnswerSignal:
-    """As a context manager it holds the handlers of SIGINT and SIGTERM.
-
-    Inside `answering` the first Ctrl-C makes `requested` true; a second one ends the conversation.
-    """
+class AnswerSignal(HeldSignals):
+    """Inside `answering` the first Ctrl-C makes `requested` true; a second ends the conversation, as SIGTERM does."""
 
     def __init__(self) -> None:
+        super().__init__({signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_end})
         self.requested = self._answering = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> AnswerSignal:
-        handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_end}
-        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -87,7 +87,7 @@ class PromptBuilder:
             yield Prompt(
                 row=row,
                 token_ids=encoded.token_ids,
-                sampling=row_sampling(self._generation, row.id, number),
+                sampling=sampling_of(self._generation, derive_seed(self._generation.seed, row.id, number)),
                 carried=carried,
                 dropped_tokens=encoded.dropped_tokens,
                 completion_index=number,
@@ -99,15 +99,15 @@ class PromptBuilder:
         return value if self._columns[name].accepts(value) else None
 
 
-def row_sampling(generation: GenerationConfig, row_id: str, completion_index: int) -> Sampling:
-    """The job's sampling with the row's own seed."""
+def sampling_of(generation: GenerationConfig, seed: int) -> Sampling:
+    """The job's sampling with a seed of one's own."""
     return Sampling(
         max_new_tokens=generation.max_new_tokens,
         min_new_tokens=generation.min_new_tokens,
         temperature=generation.temperature,
         top_p=generation.top_p,
         top_k=generation.top_k,
-        seed=derive_seed(generation.seed, row_id, completion_index),
+        seed=seed,
         stop=tuple(generation.stop),
         logprobs=generation.logprobs,
     )

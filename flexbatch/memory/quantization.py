@@ -174,16 +174,6 @@ def dequantize(quantized: QuantizedTensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def quantize_keys(keys: torch.Tensor, bits: int, group_size: int = 32) -> QuantizedTensor:
-    """Keys [..., tokens, head dimension]: groups of tokens, for each channel."""
-    return quantize(keys, bits, group_size, dimension=-2)
-
-
-def quantize_values(values: torch.Tensor, bits: int, group_size: int = 32) -> QuantizedTensor:
-    """Values [..., tokens, head dimension]: groups of channels, for each token."""
-    return quantize(values, bits, group_size, dimension=-1)
-
-
 def _leading_rows(tensor: torch.Tensor, layout: QuantizedLayout) -> torch.Tensor:
     """[product of the leading dimensions, grouped dimension, channels]."""
     return tensor.detach().reshape(math.prod(layout.leading), layout.shape[layout.dimension], layout.channels)

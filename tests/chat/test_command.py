@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pexpect
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -79,41 +78,26 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_conversation(opt: Path, tmp_path: 
 
 
 def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_does_not_leave(llama: Path, tmp_path: Path) -> None:
-    arguments = command(llama, tmp_path, "generation.max_new_tokens=5")
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        arguments, cwd=tmp_path, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-    ) as process:
-        os.close(theirs)
-        seen = read_until(ours, "> ")
-        os.write(ours, b"abc\n")
-        seen = read_until(ours, "in the context")
-        read_until(ours, "> ")
-        seen = interrupted(process, ours)
-        assert "Ctrl-D" in seen
-        if "> " not in seen.partition("leaves.")[2]:
-            read_until(ours, "> ")  # only then the terminal takes keys one by one: Ctrl-D before would be lost
-        os.write(ours, b"\x04")
-        assert process.wait(100) == 0
-    os.close(ours)
+    program, *arguments = command(llama, tmp_path, "generation.max_new_tokens=5")
+    terminal = pexpect.spawn(program, arguments, cwd=str(tmp_path), env=ENVIRONMENT, timeout=200)
+    terminal.expect_exact("> ")
+    terminal.sendline("abc")
+    terminal.expect_exact("in the context")
+    terminal.expect_exact("> ")
+    insist(terminal.sendintr, terminal, "Ctrl-D leaves.")
+    terminal.expect_exact("> ")
+    insist(terminal.sendeof, terminal, pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
 
 
-def interrupted(process: subprocess.Popen[bytes], terminal: int) -> str:
-    """Ctrl-C at the prompt, again where it came in the moment before the line editor waits for keys."""
+def insist(press: Callable[[], None], terminal: pexpect.spawn, answer: Any) -> None:
+    """A key that comes in the moment before the line editor waits for keys is not heard: press it again then."""
     for _ in range(30):
-        process.send_signal(signal.SIGINT)
-        if select.select([terminal], [], [], 2)[0]:
-            return read_until(terminal, "leaves.")
-    raise AssertionError("nothing was said to Ctrl-C")
-
-
-def read_until(terminal: int, wanted: str) -> str:
-    seen, end = "", time.monotonic() + 200
-    while wanted not in seen:
-        assert time.monotonic() < end, f"{wanted!r} did not come: {seen!r}"
-        if select.select([terminal], [], [], 1)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
-    return seen
+        press()
+        if terminal.expect([answer, pexpect.TIMEOUT], timeout=3) == 0:
+            return
+    raise AssertionError(f"{answer} did not come")
 
 
 @pytest.mark.parametrize(

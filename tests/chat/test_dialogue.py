@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flexbatch.chat.command import DEFAULTS, sampling_of
+from flexbatch.chat.command import DEFAULTS, conversation_sampling
 from flexbatch.chat.dialogue import Dialogue, Speaker
 from flexbatch.chat.planning import opened, pass_times, plan_conversation, seconds_with_guesses
 from flexbatch.chat.templates import PREAMBLE, choose_template
@@ -55,7 +55,7 @@ def talking(folder: Path, cache: Path, *overrides: str, context: int = 400) -> I
     speaker = Speaker(
         model.tokenizer,
         choose_template(config, model.tokenizer),
-        sampling_of(config.generation),
+        conversation_sampling(config.generation),
         model.end_tokens,
         pass_times(config, plan),
         config.prompt.system,

@@ -49,15 +49,22 @@ def dataset(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "data", shards=2, rows=30)
 
 
+@pytest.fixture
+def expected(small_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[Any]:
+    """The rows of a run with memory in plenty."""
+    rows = run(small_model, dataset, tmp_path / "plenty")
+    capsys.readouterr()
+    return rows
+
+
 def test_the_job_goes_on_with_half_the_slots_and_the_same_rows(
     small_model: Path,
     dataset: Path,
+    expected: list[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    expected = run(small_model, dataset, tmp_path / "plenty")
-    capsys.readouterr()
     refused = device_of(SLOTS // 2, 40, monkeypatch)
     assert run(small_model, dataset, tmp_path / "scarce") == expected
     assert len(refused) == 1
@@ -72,12 +79,12 @@ def test_the_job_goes_on_with_half_the_slots_and_the_same_rows(
 def test_a_limit_that_is_overrun_is_met_in_the_same_way(
     small_model: Path,
     dataset: Path,
+    expected: list[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A tier has less room than the plan was told."""
-    expected = run(small_model, dataset, tmp_path / "plenty")
     reserve = TierBudget.reserve
     room = {"left": 3 * SLOTS * 2 * 64 * 4 * 60}  # three layers of the KV cache: enough for half the slots only
 
@@ -95,9 +102,8 @@ def test_a_limit_that_is_overrun_is_met_in_the_same_way(
 
 
 def test_the_second_time_ends_the_run_which_the_same_command_goes_on_with(
-    small_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, dataset: Path, expected: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(small_model, dataset, tmp_path / "plenty")
     with monkeypatch.context() as scarce:
         refused = device_of(1, 60, scarce)
         with pytest.raises(OutOfMemory, match="CUDA out of memory") as raised:
