@@ -22,6 +22,8 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from flexbatch.kernels.decode_attention import decode_attention, suits
+
 NAME = "flexbatch_merging"
 
 
@@ -213,6 +215,8 @@ def attend(
     `mask` is Transformers': bool (true: may see) or additive. Without one, several queries see causally (`causal`).
     """
     causal = causal and mask is None and query.shape[2] > 1
+    if not causal and suits(query, key, value, mask):
+        return decode_attention(query, key, value, mask, scale)
     if mask is not None and mask.dtype == torch.bool:
         # Finite, so that a row that may see nothing (padding) stays free of NaN.
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(

@@ -27,6 +27,7 @@ import transformers
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flexbatch.engine.attention import attend
 from flexbatch.errors import ConfigError
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_linear
@@ -38,7 +39,7 @@ from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
-MEASUREMENT_VERSION = 4
+MEASUREMENT_VERSION = 5
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 HIDDEN = 4096
@@ -291,7 +292,12 @@ def _decode_attention(device: torch.device) -> float:
     )
     query = torch.randn(rows, heads, 1, size, dtype=dtype, device=device)
     mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-    seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask), device)
+    work = (
+        partial(attend, query, keys, values, mask, size**-0.5)
+        if device.type == "cpu"
+        else partial(functional.scaled_dot_product_attention, query, keys, values, attn_mask=mask)
+    )
+    seconds = seconds_of(work, device)
     return 2.0 * rows * heads * length * size * dtype.itemsize / seconds
 
 

@@ -1,0 +1,115 @@
+"""Attention of one query a row to a bfloat16 cache on the CPU, at the rate at which memory gives the cache.
+
+torch's own kernels are made for many queries: with one they read the cache at a third of that rate and less
+(docs/benchmarks.md). Sums are float32 throughout. Numba compiles at the first call, and keeps it beside this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from flexbatch.kernels.floats import ARITHMETIC, exponential, widened
+from flexbatch.kernels.threads import on_all_threads
+
+LOWEST = float(np.finfo(np.float32).min)  # the score of what may not be seen: finite, as in torch's masks
+MOST_QUERIES = 2  # to the same keys; with more of them torch's products are the faster way
+SMALL = 1 << 17  # numbers of the cache; with fewer a second thread costs more than it brings
+
+
+def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `decode_attention` takes these."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and query.shape[2] <= MOST_QUERIES
+        and key.stride(3) == value.stride(3) == 1
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1))
+    )
+
+
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`query` bfloat16 `[rows, kv_heads, queries, head_dim]`, each of which sees all of `key` `[rows, kv_heads,
+    columns, head_dim]` that `mask`, bool `[rows or 1, 1, 1, columns]`, allows. The result is bfloat16 `[rows, kv_heads,
+    queries, value_dim]`, with its log-sum-exp, float32 `[rows, kv_heads, queries]`. A row that may see nothing gets
+    zeros and the lowest float32."""
+    rows, heads, queries, _ = query.shape
+    columns = key.shape[2]
+    output = torch.empty(rows, heads, queries, value.shape[3])
+    weight = torch.empty(rows, heads, queries)
+    seen = torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask[:, 0, 0].expand(rows, columns)
+    arguments = (
+        query.float().contiguous().numpy(),
+        *(_flat(key), key.stride()[:3]),
+        *(_flat(value), value.stride()[:3]),
+        seen.contiguous().view(torch.uint8).numpy(),
+        np.float32(scale),
+        output.numpy(),
+        weight.numpy(),
+    )
+    threads = 1 if rows * heads * columns * query.shape[3] < SMALL else None
+    on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
+    return output.to(query.dtype), weight
+
+
+def _flat(states: torch.Tensor) -> Any:
+    """The memory from the first to the last number of `states`, uint16 in one dimension: the kernel counts strides
+    itself, because only then the compiler knows that a token's numbers are side by side."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(states.shape, states.stride(), strict=True))
+    return states.as_strided((span,), (1,)).view(torch.uint16).numpy()
+
+
+@njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")
+def _attend(
+    query: Any,
+    keys: Any,
+    key_strides: Any,
+    values: Any,
+    value_strides: Any,
+    seen: Any,
+    scale: Any,
+    output: Any,
+    weight: Any,
+    first: int,
+    step: int,
+) -> None:
+    """Every `step`-th pair of a row and a head, from `first` on."""
+    rows, heads, queries, size = query.shape
+    columns, value_size = seen.shape[1], output.shape[3]
+    scores = np.empty(columns, np.float32)
+    sums = np.empty(value_size, np.float32)
+    for pair in range(first, rows * heads, step):
+        row, head = pair // heads, pair % heads
+        start = 0
+        while start < columns and seen[row, start] == 0:
+            start += 1
+        for number in range(queries):
+            asked = query[row, head, number]
+            highest = np.float32(LOWEST)
+            for column in range(start, columns):
+                at = row * key_strides[0] + head * key_strides[1] + column * key_strides[2]
+                key = keys[at : at + size]
+                score = np.float32(0)
+                for index in range(size):
+                    score += asked[index] * widened(key[index])
+                scores[column] = score * scale if seen[row, column] else np.float32(LOWEST)
+                highest = max(highest, scores[column])
+            total = np.float32(0)
+            for column in range(start, columns):
+                scores[column] = exponential(scores[column] - highest)
+                total += scores[column]
+            sums[:] = 0
+            for column in range(start, columns):
+                at = row * value_strides[0] + head * value_strides[1] + column * value_strides[2]
+                value = values[at : at + value_size]
+                share = scores[column]
+                for index in range(value_size):
+                    sums[index] += share * widened(value[index])
+            for index in range(value_size):
+                output[row, head, number, index] = sums[index] / total if start < columns else np.float32(0)
+            weight[row, head, number] = highest + np.log(total) if start < columns else np.float32(LOWEST)
