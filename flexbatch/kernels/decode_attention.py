@@ -16,6 +16,7 @@ from flexbatch.kernels.floats import ARITHMETIC, exponential, widened
 from flexbatch.kernels.threads import on_all_threads
 
 LOWEST = float(np.finfo(np.float32).min)  # the score of what may not be seen: finite, as in torch's masks
+UNSEEN = -1e30  # a score with this added is none
 MOST_QUERIES = 2  # to the same keys; with more of them torch's products are the faster way
 SMALL = 1 << 17  # numbers of the cache; with fewer a second thread costs more than it brings
 
@@ -27,7 +28,7 @@ def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: tor
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and query.shape[2] <= MOST_QUERIES
         and key.stride(3) == value.stride(3) == 1
-        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1))
+        and (mask is None or mask.shape[1] == mask.shape[2] == 1)
     )
 
 
@@ -35,19 +36,19 @@ def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`query` bfloat16 `[rows, kv_heads, queries, head_dim]`, each of which sees all of `key` `[rows, kv_heads,
-    columns, head_dim]` that `mask`, bool `[rows or 1, 1, 1, columns]`, allows. The result is bfloat16 `[rows, kv_heads,
-    queries, value_dim]`, with its log-sum-exp, float32 `[rows, kv_heads, queries]`. A row that may see nothing gets
-    zeros and the lowest float32."""
+    columns, head_dim]` that `mask` `[rows or 1, 1, 1, columns]` allows (bool, or what to add to scores). The result is
+    bfloat16 `[rows, kv_heads, queries, value_dim]`, with its log-sum-exp, float32 `[rows, kv_heads, queries]`. A row
+    that may see nothing gets zeros and the lowest float32."""
     rows, heads, queries, _ = query.shape
     columns = key.shape[2]
     output = torch.empty(rows, heads, queries, value.shape[3])
     weight = torch.empty(rows, heads, queries)
-    seen = torch.ones(rows, columns, dtype=torch.bool) if mask is None else mask[:, 0, 0].expand(rows, columns)
+    added = torch.zeros(1, columns) if mask is None else _added(mask[:, 0, 0])
     arguments = (
         query.float().contiguous().numpy(),
         *(_flat(key), key.stride()[:3]),
         *(_flat(value), value.stride()[:3]),
-        seen.contiguous().view(torch.uint8).numpy(),
+        added.expand(rows, columns).contiguous().numpy(),
         np.float32(scale),
         output.numpy(),
         weight.numpy(),
@@ -55,6 +56,13 @@ def decode_attention(
     threads = 1 if rows * heads * columns * query.shape[3] < SMALL else None
     on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
     return output.to(query.dtype), weight
+
+
+def _added(mask: torch.Tensor) -> torch.Tensor:
+    """What `mask` adds to scores, float32."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape).masked_fill_(~mask, LOWEST)
+    return mask.float()
 
 
 def _flat(states: torch.Tensor) -> Any:
@@ -71,7 +79,7 @@ def _attend(
     key_strides: Any,
     values: Any,
     value_strides: Any,
-    seen: Any,
+    added: Any,
     scale: Any,
     output: Any,
     weight: Any,
@@ -80,13 +88,13 @@ def _attend(
 ) -> None:
     """Every `step`-th pair of a row and a head, from `first` on."""
     rows, heads, queries, size = query.shape
-    columns, value_size = seen.shape[1], output.shape[3]
+    columns, value_size = added.shape[1], output.shape[3]
     scores = np.empty(columns, np.float32)
     sums = np.empty(value_size, np.float32)
     for pair in range(first, rows * heads, step):
         row, head = pair // heads, pair % heads
         start = 0
-        while start < columns and seen[row, start] == 0:
+        while start < columns and added[row, start] <= UNSEEN:
             start += 1
         for number in range(queries):
             asked = query[row, head, number]
@@ -97,7 +105,7 @@ def _attend(
                 score = np.float32(0)
                 for index in range(size):
                     score += asked[index] * widened(key[index])
-                scores[column] = score * scale if seen[row, column] else np.float32(LOWEST)
+                scores[column] = score * scale + added[row, column]
                 highest = max(highest, scores[column])
             total = np.float32(0)
             for column in range(start, columns):

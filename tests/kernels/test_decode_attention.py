@@ -43,8 +43,10 @@ def test_it_is_attention_from_its_definition(
     key, value = arena[:, :, seen, : sizes[0]], arena[:, :, seen, sizes[0] :]
     query, scale = 3 * states(rows, heads, queries, sizes[0], seed=seed + 1), sizes[0] ** -0.5
     mask = torch.rand(rows, 1, 1, columns, generator=torch.Generator().manual_seed(seed)) > 0.4
-    assert suits(query, key, value, mask)
-    output, weight = decode_attention(query, key, value, mask, scale)
+    given_mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min).bfloat16()
+    given_mask = given_mask if seed % 2 else mask
+    assert suits(query, key, value, given_mask)
+    output, weight = decode_attention(query, key, value, given_mask, scale)
     wanted, wanted_weight = expected(query, key, value, mask, scale)
     torch.testing.assert_close(output.double(), wanted, rtol=2**-8, atol=2**-12)
     some = mask.any(-1).expand(rows, heads, queries)
@@ -73,6 +75,14 @@ def test_a_row_does_not_depend_on_its_company_or_on_the_threads(monkeypatch: pyt
     assert torch.equal(decode_attention(query, key, value, None, 0.125)[0], together)
 
 
+def test_what_a_mask_adds_is_added() -> None:
+    key, value, query = states(2, 3, 40, 16), states(2, 3, 40, 16, seed=1), states(2, 3, 1, 16, seed=2)
+    added = states(2, 1, 1, 40, seed=3)
+    output, _ = decode_attention(query, key, value, added, 0.25)
+    scores = query.double() @ key.double().transpose(2, 3) * 0.25 + added.double()
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=2**-8, atol=2**-12)
+
+
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     key, value = states(1, 1, 9, 32), states(1, 1, 9, 32, seed=1)
     query = 1e4 * key[:, :, 4:5]
@@ -81,7 +91,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     assert weight.isfinite().all()
 
 
-@pytest.mark.parametrize("change", ["float32", "many queries", "additive mask", "a mask for each head"])
+@pytest.mark.parametrize("change", ["float32", "many queries", "a mask for each head"])
 def test_what_it_is_not_made_for_goes_another_way(change: str) -> None:
     query, key, mask = states(2, 4, 1, 16), states(2, 4, 30, 16), torch.ones(2, 1, 1, 30, dtype=torch.bool)
     value = states(2, 4, 30, 16, seed=1)
@@ -89,8 +99,6 @@ def test_what_it_is_not_made_for_goes_another_way(change: str) -> None:
         query, key, value = query.float(), key.float(), value.float()
     elif change == "many queries":
         query = query.expand(-1, -1, 3, -1)
-    elif change == "additive mask":
-        mask = torch.zeros(2, 1, 1, 30, dtype=torch.bfloat16)
     else:
         mask = mask.expand(-1, 4, -1, -1)
     assert not suits(query, key, value, mask)
