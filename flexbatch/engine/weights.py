@@ -17,7 +17,7 @@ from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
-from flexbatch.plan.placement import place_weights
+from flexbatch.plan.placement import place_weights, stream_bytes
 from flexbatch.plan.policy import Shares, Tier
 
 NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
@@ -33,7 +33,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How streamed weights travel. `prefetch_bytes` 0 asks for room for the two largest stops."""
+    """How streamed weights travel. `prefetch_bytes` 0 asks for `placement.stream_bytes`."""
 
     reader: Reader
     prefetch_bytes: int = 0
@@ -147,7 +147,7 @@ class Weights:
         return WeightStream(
             units,
             reader=self._options.reader,
-            budget_bytes=max(self._options.prefetch_bytes, smallest) if self._options.prefetch_bytes else 2 * smallest,
+            budget_bytes=max(self._options.prefetch_bytes or stream_bytes(smallest), smallest),
             device=self._device,
             on_event=self._options.on_event,
         )

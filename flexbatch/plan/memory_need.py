@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import INTEGERS, ModelSpec
-from flexbatch.plan.placement import place_slots, place_weights
+from flexbatch.plan.placement import place_slots, place_weights, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, span
 
@@ -140,8 +140,8 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
 
 def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
     held = held_weights(spec, policy)
-    # Room for the two largest units, or what the policy allows, but one unit at the least.
-    stream = max(policy.prefetch_bytes, held.most) if policy.prefetch_bytes and held.most else 2 * held.most
+    # What the policy allows, but one unit at the least.
+    stream = max(policy.prefetch_bytes, held.most) if policy.prefetch_bytes and held.most else stream_bytes(held.most)
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
         Need("resident weights", Tier.DEVICE, held.device),

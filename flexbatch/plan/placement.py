@@ -13,6 +13,8 @@ from flexbatch.plan.policy import Shares, Tier
 
 _TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
 
+READ_AHEAD = 64 << 20  # bytes: two reads of 8 MiB for each of four threads
+
 
 def place_bytes(sizes: Sequence[int], shares: Shares) -> list[Tier]:
     """A tier for each of `sizes` (bytes of tensors, in the order of use).
@@ -82,3 +84,9 @@ def _between(layer: int, slots: int, share: float) -> int:
 
 def _rounded(value: float) -> int:
     return int(value + 0.5 + 1e-9)
+
+
+def stream_bytes(largest: int) -> int:
+    """Room for streamed weights whose largest unit has so many bytes: the unit in use, the next one, and some reads of
+    the one after it, without which the disk stands still whenever the next unit is whole."""
+    return 2 * largest + min(largest // 2, READ_AHEAD)
