@@ -47,7 +47,7 @@ class Policy:
     """How a job is run. Nothing in it changes a row's result in float32 except `weight_bits`, `kv_bits` and `compute`.
 
     `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (see `admission.Admission`);
-    `prefetch_bytes` bounds the weights that are on their way or waiting on the device (0: see `placement.stream_bytes`).
+    `prefetch_bytes` bounds the weights that are on their way or wait on the device (0: see `placement.stream_bytes`).
     """
 
     weights: Shares = ALL_DEVICE
