@@ -26,6 +26,17 @@ def _widen(_context: Any, bits: Any) -> Any:  # noqa: ARG001 - Numba wants the n
     return types.float32(types.uint16), generate
 
 
+def _narrow(_context: Any, number: Any) -> Any:  # noqa: ARG001 - Numba wants the name
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        int32 = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], int32)
+        is_odd = builder.and_(builder.lshr(bits, ir.Constant(int32, 16)), ir.Constant(int32, 1))
+        rounded = builder.add(bits, builder.add(is_odd, ir.Constant(int32, 0x7FFF)))
+        return builder.trunc(builder.lshr(rounded, ir.Constant(int32, 16)), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
 def _raise_two(_context: Any, exponent: Any) -> Any:  # noqa: ARG001 - Numba wants the name
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
@@ -36,6 +47,9 @@ def _raise_two(_context: Any, exponent: Any) -> Any:  # noqa: ARG001 - Numba wan
 
 widened: Any = intrinsic(_widen)
 """The float32 of a bfloat16 given as uint16."""
+
+narrowed: Any = intrinsic(_narrow)
+"""The bfloat16, as uint16, nearest to a float32 that is a number; of two as near the even one."""
 
 power_of_two: Any = intrinsic(_raise_two)
 """2**exponent as float32, for an int32 between -126 and 127."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.errors import ConfigError
+from flexbatch.kernels.expansion import RUN, expand
 
 CHUNK = 1 << 19
 """Values that are worked on at a time: in float32 they stay in the processor's cache, which halves the time."""
@@ -87,6 +88,12 @@ class QuantizedLayout:
         return self.groups * self.group_size != self.shape[self.dimension]
 
     @property
+    def runs(self) -> bool:
+        """Whether the kernel for whole runs can expand it."""
+        whole = self.dimension == -1 and not self.padded
+        return whole and self.group_size % RUN == 0 and self.values_shape[-1] % RUN == 0
+
+    @property
     def values_shape(self) -> tuple[int, ...]:
         """uint8: a row's groups one after the other, for dimension -2 one row per group."""
         if self.dimension == -2:
@@ -153,6 +160,11 @@ def dequantize(quantized: QuantizedTensor, out: torch.Tensor) -> torch.Tensor:
     if not out.is_contiguous():
         return out.copy_(dequantize(quantized, torch.empty(layout.shape, dtype=out.dtype, device=out.device)))
     if not out.numel():
+        return out
+    if out.device.type == "cpu" and out.dtype == torch.bfloat16 and layout.runs:
+        packed = quantized.values.reshape(-1, _packed_row(layout)).contiguous()
+        scale, minimum = (each.float().reshape(-1, layout.groups) for each in (quantized.scale, quantized.minimum))
+        expand(packed, scale, minimum, layout.group_size, out.view(-1, layout.shape[-1]))
         return out
     # For dimension -2 each group is a row of its own, unless padding has to be cut off.
     groups = 1 if layout.dimension == -2 and not layout.padded else layout.groups
