@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from flexbatch.config import Config, parse_bytes
@@ -53,6 +54,16 @@ def check_type(key: Key, value: Any) -> None:
         return
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         refuse(key.name, value, f"It must be of type {expected.__name__}.")
+
+
+def refuse_unused(config: Config, names: Iterable[str], because: str, remedy: str) -> None:
+    """ConfigError for the first of these options that is not at its default: what is done reads none of them."""
+    for name in names:
+        group, field = name.split(".", 1)
+        given = getattr(config, group)
+        value = getattr(given, field)
+        if value != getattr(type(given)(), field):
+            raise ConfigError(f"{name}={value!r} means nothing here: {because}.", remedy=remedy)
 
 
 def refuse(name: str, value: Any, remedy: str) -> typing.NoReturn:

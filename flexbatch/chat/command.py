@@ -9,20 +9,23 @@ from flexbatch.chat.planning import context_size, opened, pass_times, plan_conve
 from flexbatch.chat.signals import AnswerSignal
 from flexbatch.chat.templates import Template, choose_template
 from flexbatch.chat.terminal import Terminal
-from flexbatch.config import Config, GenerationConfig
+from flexbatch.config import Config
 from flexbatch.data.prompts import sampling_of
-from flexbatch.errors import CapacityError, ConfigError
-from flexbatch.records import Sampling
+from flexbatch.errors import CapacityError
 from flexbatch.report.plan_text import Plan, plan_lines
 from flexbatch.stages.model import Model, find_model, say
+from flexbatch.validation import refuse_unused
 
 DEFAULTS = ("job=generate", "generation.max_new_tokens=512", "prompt.chat_template=true")
 """What a conversation begins with in place of a job's settings."""
 
+NOT_FOR_TALKING = ("generation.min_new_tokens", "generation.logprobs", "generation.num_completions")
+
 
 def chat(config: Config) -> int:
     """Talks until the input ends. The exit code: 0, or that of a CapacityError if a message found no room."""
-    sampling = conversation_sampling(config.generation)
+    refuse_unused(config, NOT_FOR_TALKING, because="a conversation does not take it", remedy="Leave it out.")
+    sampling = sampling_of(config.generation, config.generation.seed)
     model = find_model(config)
     template = choose_template(config, model.tokenizer)
     context = context_size(config, model.context_tokens)
@@ -35,15 +38,6 @@ def chat(config: Config) -> int:
         terminal = Terminal(Dialogue(speaker, conversation), conversation, signals, config.model.name)
         terminal.run()
     return CapacityError.exit_code if terminal.unanswered and not sys.stdin.isatty() else 0
-
-
-def conversation_sampling(generation: GenerationConfig) -> Sampling:
-    """ConfigError for options that mean nothing in a conversation."""
-    for name, nothing in (("min_new_tokens", 0), ("logprobs", False), ("num_completions", 1)):
-        value = getattr(generation, name)
-        if value != nothing:
-            raise ConfigError(f"generation.{name}={value}: a conversation does not take this.", remedy="Leave it out.")
-    return sampling_of(generation, generation.seed)
 
 
 def introduction(model: Model, plan: Plan, template: Template, context: int) -> list[str]:

@@ -1,8 +1,7 @@
-"""Measures the machine: the figures of a `HardwareProfile`, in under a minute, kept for the next run.
+"""The figures of this machine: measured once, in under a minute, and kept for the next run.
 
-Every figure is taken at the shapes of real work (a hidden size of 4096, heads of 128, weights that are not in a cache),
-as the best of a few rounds, because other processes only ever add time. Rates are kept in a file named by processor,
-accelerator, memory, threads and library versions; free memory and disk space are looked up anew each time.
+Rates are kept in a file named by processor, accelerator, memory, threads and library versions; free memory and disk
+space are looked up anew each time.
 """
 
 from __future__ import annotations
@@ -13,40 +12,24 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexbatch.engine.attention import attend
+from flexbatch.engine.measurement import core_count, measure_rates
 from flexbatch.errors import ConfigError
-from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
-from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.main_memory import available_memory, memory_limit
-from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
-from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
 MEASUREMENT_VERSION = 5
-
-ROWS = (1, 4, 16, 64, 256, 1024, 2048)
-HIDDEN = 4096
-WIDTHS = (512, 1024, 2048, 4096)
-READ_BYTES = 8 << 20
-READ_THREADS = 4
-FILE_BYTES = 1536 << 20
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05
@@ -71,7 +54,7 @@ def measure_hardware(
     if rates is None:
         started = time.perf_counter()
         logger.info("Measuring this machine once (under a minute)")
-        rates = _measure(device, disk_folder)
+        rates = measure_rates(device, disk_folder)
         logger.info("Measured in %.0f s; kept in %s", time.perf_counter() - started, file)
         _keep(file, identity, rates)
     return profile_from_mapping({**rates, **_room(device, disk_folder)}, where=str(file))
@@ -106,41 +89,13 @@ def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     return {
         "version": MEASUREMENT_VERSION,
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": core_count(),
         "threads": torch.get_num_threads(),
         "memory": psutil.virtual_memory().total,
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "disk": os.stat(disk_folder).st_dev,  # noqa: PTH116 - of the folder itself
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-    }
-
-
-def _measure(device: torch.device, disk_folder: Path) -> dict[str, Any]:
-    read, write, read_cpu = _disk(disk_folder)
-    to_device, to_host = _links(device)
-    layer, one_pass = _calls(device)
-    gemm = {kind: dict(curve) for kind, curve in _gemm_curves(device)}
-    attention = _prefill_attention(device)
-    return {
-        "name": "this machine",
-        "device": device.type,
-        "cores": _cores(),
-        "gemm": gemm,
-        "gemm_width": _width_factors(device),
-        "activation_numbers": _activation_rate(device, gemm[_name(_half(device))], attention),
-        "attention_flops": attention,
-        "attention_bytes": _decode_attention(device),
-        "host_attention_bytes": _decode_attention(torch.device("cpu")),
-        "memory_copy": _copy_rate(torch.device("cpu"), torch.device("cpu")),
-        "disk_read": read,
-        "disk_write": write,
-        "host_to_device": to_device,
-        "device_to_host": to_host,
-        "dequantize_numbers": _dequantise_rate(device),
-        "read_cpu_seconds": read_cpu,
-        "layer_call_seconds": layer,
-        "pass_seconds": one_pass,
     }
 
 
@@ -168,224 +123,6 @@ def _left_to_others() -> int:
     return int(whole * LEFT_TO_OTHERS) if memory_limit() >= whole else 0
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int = 5, at_least: float = 0.02) -> float:
-    """Least seconds of one call, after one call to warm up; short calls are repeated within a round."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def once(times: int) -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            work()
-        wait()
-        return (time.perf_counter() - started) / times
-
-    once(1)
-    first = once(1)
-    times = max(1, min(1000, int(at_least / max(first, 1e-7))))
-    return min(once(times) for _ in range(rounds if first < 0.2 else 2))
-
-
-def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]:
-    kinds = [torch.float32, torch.bfloat16, torch.float16]
-    for dtype in kinds if device.type != "cpu" else kinds[:2]:
-        yield _name(dtype), {rows: _gemm_rate(device, dtype, rows) for rows in ROWS}
-    if device.type == "cpu":
-        yield "int8", {rows: _int8_rate(rows) for rows in ROWS}
-
-
-@torch.inference_mode()
-def _gemm_rate(device: torch.device, dtype: torch.dtype, rows: int) -> float:
-    """FLOP/s of a linear layer whose weights come from memory: several matrices in turn, larger than a cache."""
-    count = 4 if rows <= 64 else 2
-    weights = [torch.randn(HIDDEN, HIDDEN, dtype=dtype, device=device) for _ in range(count)]
-    inputs = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
-
-    def work() -> None:
-        for weight in weights:
-            functional.linear(inputs, weight)
-
-    return 2.0 * rows * HIDDEN * HIDDEN * count / seconds_of(work, device, rounds=3)
-
-
-@torch.inference_mode()
-def _width_factors(device: torch.device) -> dict[int, float]:
-    """A linear layer's rate at several hidden sizes, as a part of its rate at the largest."""
-    rates = {}
-    for width in WIDTHS:
-        weight = torch.randn(4 * width, width, dtype=_half(device), device=device)
-        inputs = torch.randn(1024, width, dtype=weight.dtype, device=device)
-        rates[width] = (
-            2.0 * inputs.numel() * weight.shape[0] / seconds_of(partial(functional.linear, inputs, weight), device)
-        )
-    return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
-
-
-def _activation_rate(device: torch.device, gemm: Mapping[int, float], attention: float) -> float:
-    """Numbers per second through what a layer does besides products and attention: what real layers take beyond them.
-
-    `gemm` is FLOP/s by rows in the type of `_half`, `attention` FLOP/s of prefill attention.
-    """
-    rows, length, width = 8, 256, 1024
-    tokens = rows * length
-    layers = [_forward(device, count, width, (rows, length)) for count in (1, 3)]
-    flops = 2.0 * 12 * width * width * tokens / gemm[max(gemm)] + 4.0 * tokens * length * width / attention
-    beyond = (layers[1] - layers[0]) / 2 - flops
-    # Never less than a tenth of a percent of the products: noise must not make it vanish.
-    return tokens * layer_activations(width, 4 * width) / max(beyond, 1e-3 * flops)
-
-
-@torch.inference_mode()
-def _forward(device: torch.device, layers: int, width: int, shape: tuple[int, int]) -> float:
-    """Seconds of a small-vocabulary OPT's call on padded prompts of this shape."""
-    fields = {"vocab_size": 512, "hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
-    config = AutoConfig.for_model("opt", num_hidden_layers=layers, num_attention_heads=width // 64, **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=_half(device))  # type: ignore[no-untyped-call]
-    model = model.to(device).eval()
-    ids, mask = torch.ones(shape, dtype=torch.long, device=device), torch.ones(shape, dtype=torch.long, device=device)
-    mask[0, 0] = 0
-    return seconds_of(partial(model, input_ids=ids, attention_mask=mask, use_cache=False), device)
-
-
-@torch.inference_mode()
-def _int8_rate(rows: int) -> float:
-    """FLOP/s of the engine's own 8-bit linear layer, rounding of the activations included."""
-    weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8) for _ in range(2)]
-    scale = torch.ones(HIDDEN)
-    inputs = torch.randn(rows, HIDDEN, dtype=torch.bfloat16)
-
-    def work() -> None:
-        for weight in weights:
-            int8_linear(inputs, weight, scale)
-
-    return 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds_of(work, torch.device("cpu"), rounds=3)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _half(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
-
-
-@torch.inference_mode()
-def _prefill_attention(device: torch.device) -> float:
-    """FLOP/s over all pairs of 512 positions, with a mask as padded prompts have one."""
-    heads, length, size = 16, 512, 64
-    query, key, value = (torch.randn(1, heads, length, size, dtype=_half(device), device=device) for _ in range(3))
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-    seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
-    return 4.0 * heads * length * length * size / seconds
-
-
-@torch.inference_mode()
-def _decode_attention(device: torch.device) -> float:
-    """KV bytes per second for one query per row, read through the arena's strides (a column range of longer rows)."""
-    rows, heads, length, size = 8, 16, 512, 64
-    dtype = _half(device)
-    keys, values = (
-        torch.randn(rows, heads, length + 160, size, dtype=dtype, device=device)[:, :, 80 : 80 + length]
-        for _ in range(2)
-    )
-    query = torch.randn(rows, heads, 1, size, dtype=dtype, device=device)
-    mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-    work = (
-        partial(attend, query, keys, values, mask, size**-0.5)
-        if device.type == "cpu"
-        else partial(functional.scaled_dot_product_attention, query, keys, values, attn_mask=mask)
-    )
-    seconds = seconds_of(work, device)
-    return 2.0 * rows * heads * length * size * dtype.itemsize / seconds
-
-
-def _copy_rate(source: torch.device, target: torch.device) -> float:
-    pin = "cuda" in (source.type, target.type)
-    nbytes = 128 << 20
-    made = [
-        torch.zeros(nbytes, dtype=torch.uint8, device=each, pin_memory=pin and each.type == "cpu")
-        for each in (source, target)
-    ]
-    watched = source if source.type != "cpu" else target
-    return nbytes / seconds_of(lambda: made[1].copy_(made[0], non_blocking=True), watched)
-
-
-def _links(device: torch.device) -> tuple[float, float]:
-    cpu = torch.device("cpu")
-    return _copy_rate(cpu, device), _copy_rate(device, cpu)
-
-
-@torch.inference_mode()
-def _dequantise_rate(device: torch.device) -> float:
-    """Numbers per second from packed four bits to the compute type, as the engine expands a weight."""
-    packed = quantize(torch.randn(HIDDEN, HIDDEN, device=device), 4, QUANTIZATION_GROUP)
-    out = torch.empty(HIDDEN, HIDDEN, dtype=_half(device), device=device)
-    return out.numel() / seconds_of(partial(dequantize, packed, out), device)
-
-
-@torch.inference_mode()
-def _calls(device: torch.device) -> tuple[float, float]:
-    """Seconds of calling one tiny layer, and of everything else in a call of the model."""
-    fields = {"vocab_size": 512, "hidden_size": 64, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64}
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    seconds = []
-    for layers in (2, 10):
-        config = AutoConfig.for_model("opt", num_hidden_layers=layers, **fields)
-        model = AutoModelForCausalLM.from_config(config).to(device).eval()  # type: ignore[no-untyped-call]
-        seconds.append(seconds_of(partial(model, input_ids=ids, use_cache=False), device))
-    layer = max(1e-6, (seconds[1] - seconds[0]) / 8)
-    return layer, max(1e-6, seconds[0] - 2 * layer)
-
-
-def _disk(folder: Path) -> tuple[float, float, float]:
-    """Bytes per second read (several threads, past the page cache) and written (to the medium), core-seconds per byte
-    read."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="flexbatch-measure-") as made:
-        file = Path(made) / "block"
-        seconds = 0.0
-        with file.open("wb") as stream:
-            for _ in range(min(FILE_BYTES, shutil.disk_usage(folder).free // 4) // READ_BYTES):
-                block = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
-                started = time.perf_counter()
-                stream.write(block)
-                seconds += time.perf_counter() - started
-            started = time.perf_counter()
-            stream.flush()
-            os.fsync(stream.fileno())
-            seconds += time.perf_counter() - started
-        nbytes = file.stat().st_size
-        written = nbytes / seconds
-        seconds, processor = _read_all(file, nbytes)
-    return nbytes / seconds, written, processor / nbytes
-
-
-def _read_all(file: Path, nbytes: int) -> tuple[float, float]:
-    """Wall seconds and summed core-seconds of reading the file with several threads into reused buffers."""
-    reader = DirectReader()
-    buffers = [AlignedBuffer(READ_BYTES + (1 << 16)) for _ in range(READ_THREADS)]
-    cpu = [0.0] * READ_THREADS
-
-    def read(thread: int) -> None:
-        started = time.thread_time()
-        for offset in range(thread * READ_BYTES, nbytes - READ_BYTES + 1, READ_THREADS * READ_BYTES):
-            reader.read(file, offset, READ_BYTES, buffers[thread], 0)
-        cpu[thread] = time.thread_time() - started
-
-    rounds = []
-    for _ in range(3):
-        threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rounds.append(time.perf_counter() - started)
-    reader.close()
-    return sorted(rounds)[len(rounds) // 2], sum(cpu)
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -393,10 +130,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digest(identity: dict[str, Any]) -> str:

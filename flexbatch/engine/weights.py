@@ -143,11 +143,11 @@ class Weights:
     def _open_stream(self) -> WeightStream:
         names = self._order[self._position :] + self._order[: self._position]
         units = [StreamUnit(name, tuple(self._stream_tensors(name))) for name in names]
-        smallest = WeightStream.required_bytes(units, self._device)
+        largest = WeightStream.required_bytes(units, self._device)
         return WeightStream(
             units,
             reader=self._options.reader,
-            budget_bytes=max(self._options.prefetch_bytes or stream_bytes(smallest), smallest),
+            budget_bytes=stream_bytes(largest, self._options.prefetch_bytes),
             device=self._device,
             on_event=self._options.on_event,
         )

@@ -30,7 +30,11 @@ LONGEST_END: Final = 4096  # tokens; a grammar whose shortest end is longer cann
 
 @dataclass(frozen=True)
 class Constraint:
-    """A compiled target. `vocabulary_size` is the number of logits, which can exceed the tokenizer's."""
+    """A compiled target. `vocabulary_size` is the number of logits, which can exceed the tokenizer's.
+
+    `end_token` is said after a valid end. `way_out` are tokens from the start to a near valid end, found by
+    saying the first of `closers` that the grammar takes, again and again.
+    """
 
     matcher: llguidance.LLMatcher
     vocabulary: llguidance.LLTokenizer

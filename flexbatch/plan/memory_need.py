@@ -17,7 +17,6 @@ from flexbatch.plan.workload import Workload, columns, span
 # run at full rate, few enough that activations stay small.
 MICRO_BATCH_TOKENS = 2048
 
-
 # Logits are made for no more positions at once than fit here: as computed, in float32, and one copy to mask in. Some 90
 # positions of the largest vocabularies (BLOOM's), enough for the head's matrix product to run at full rate.
 LOGITS_BYTES = 256 << 20
@@ -140,12 +139,10 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
 
 def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
     held = held_weights(spec, policy)
-    # What the policy allows, but one unit at the least.
-    stream = max(policy.prefetch_bytes, held.most) if policy.prefetch_bytes and held.most else stream_bytes(held.most)
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
         Need("resident weights", Tier.DEVICE, held.device),
-        Need("weight stream", Tier.DEVICE, stream),
+        Need("weight stream", Tier.DEVICE, stream_bytes(held.most, policy.prefetch_bytes)),
         Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
         Need("weights", Tier.HOST, held.host),
     ]

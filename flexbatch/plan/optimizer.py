@@ -33,7 +33,9 @@ FINALISTS = 12
 
 # Between predictions this close, the one with fewer slots wins: rows then finish sooner.
 CLOSE = 0.002
-NOTHING_TO_SPEAK_OF = 0.02  # part of the time for which twice the memory is not taken
+
+# Part of the time for which twice the memory is not taken.
+NOTHING_TO_SPEAK_OF = 0.02
 
 NOTHING_RESIDENT = Shares(0.0, 0.0)
 
@@ -85,8 +87,10 @@ def pick(predictions: Sequence[Prediction]) -> Prediction:
 def _modest(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, best: Prediction) -> Prediction:
     """`best`, or where all is resident half its slots again and again, as long as that costs next to no time: a small
     model's cache would otherwise grow with the dataset, for nothing."""
+    if best.policy.weights.device < 1.0 or best.policy.kv.device < 1.0:
+        return best
     modest = best
-    while best.policy.weights.device >= 1.0 and best.policy.kv.device >= 1.0 and modest.policy.slots > 1:
+    while modest.policy.slots > 1:
         fewer = predict(spec, hardware, workload, replace(modest.policy, slots=modest.policy.slots // 2))
         if fewer.seconds > best.seconds * (1.0 + NOTHING_TO_SPEAK_OF):
             break

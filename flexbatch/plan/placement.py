@@ -78,15 +78,20 @@ def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, 
     return counts
 
 
+def stream_bytes(largest: int, allowed: int = 0) -> int:
+    """Room for streamed weights whose largest unit has so many bytes: what is `allowed`, but one unit at the least.
+
+    With nothing said: the unit in use, the next one, and some reads of the one after it, without which the disk stands
+    still whenever the next unit is whole.
+    """
+    if not largest:
+        return 0
+    return max(allowed, largest) if allowed else 2 * largest + min(largest // 2, READ_AHEAD)
+
+
 def _between(layer: int, slots: int, share: float) -> int:
     return _rounded((layer + 1) * slots * share) - _rounded(layer * slots * share)
 
 
 def _rounded(value: float) -> int:
     return int(value + 0.5 + 1e-9)
-
-
-def stream_bytes(largest: int) -> int:
-    """Room for streamed weights whose largest unit has so many bytes: the unit in use, the next one, and some reads of
-    the one after it, without which the disk stands still whenever the next unit is whole."""
-    return 2 * largest + min(largest // 2, READ_AHEAD)

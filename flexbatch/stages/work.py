@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,11 +18,23 @@ from flexbatch.errors import ConfigError
 from flexbatch.evaluation.evaluation import COLUMNS, Evaluation, build_evaluation
 from flexbatch.evaluation.fitting import Limits
 from flexbatch.evaluation.row_scores import Extraction, RowScorer, build_row_scorer
+from flexbatch.overrides import keys
 from flexbatch.records import Prompt
 from flexbatch.stages.model import Model
+from flexbatch.validation import refuse_unused
 
 SCANNED_ROWS = 4096  # jobs up to this long are read once before they start, for the plan
 BUILD_ROWS = 256  # rows rendered and tokenized in one call
+
+# Options that a job of scenarios does read, of the groups that its scenarios otherwise decide.
+READ_BY_SCENARIOS = (
+    "prompt.max_tokens", "prompt.special_tokens", "prompt.window", "prompt.padding", "generation.seed",
+)  # fmt: skip
+SET_BY_SCENARIOS = tuple(
+    key.name
+    for key in keys()
+    if key.name.startswith(("dataset.", "prompt.", "generation.")) and key.name not in READ_BY_SCENARIOS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,23 +152,13 @@ def _dataset_work(config: Config, model: Model) -> Work:
     )
 
 
-def _refuse_unused(config: Config) -> None:
-    """ConfigError for an option that scenarios decide themselves: it would be read by nothing."""
-    used = {"max_tokens", "special_tokens", "window", "padding", "seed"}
-    for group in ("dataset", "prompt", "generation"):
-        given = getattr(config, group)
-        usual = type(given)()
-        for each in fields(given):
-            if each.name not in used and getattr(given, each.name) != getattr(usual, each.name):
-                raise ConfigError(
-                    f"{group}.{each.name} is {getattr(given, each.name)!r}, and job={config.job.name} makes no use of "
-                    "it: its scenarios bring their own data, templates and lengths.",
-                    remedy="Leave it out. job.scenarios.NAME.adapter.max_eval_instances limits the rows of a scenario.",
-                )
-
-
 def _evaluation_work(config: Config, model: Model) -> Work:
-    _refuse_unused(config)
+    refuse_unused(
+        config,
+        SET_BY_SCENARIOS,
+        because=f"the scenarios of job={config.job.name} bring their own data, templates and lengths",
+        remedy="Leave it out. job.scenarios.NAME.adapter.max_eval_instances limits the rows of a scenario.",
+    )
     evaluation = build_evaluation(config.job, seed=config.generation.seed, special_tokens=config.prompt.special_tokens)
     longest_new = max(scenario.spec.max_tokens for scenario in evaluation.scenarios)
     limits = Limits(config.prompt.max_tokens, model.context_tokens)

@@ -106,7 +106,7 @@ def insist(press: Callable[[], None], terminal: pexpect.spawn, answer: Any) -> N
         (["chat.context=5000"], 2, "the model has 1024 positions"),
         (["chat.template=tokenizer"], 3, "no chat template"),
         (["chat.templat=human"], 2, "Did you mean chat.template?"),
-        (["generation.logprobs=true"], 2, "does not take this"),
+        (["generation.logprobs=true"], 2, "does not take it"),
         (["generation.stop=['']"], 2, "empty stop string"),
         (["offload.host_memory=1KiB"], 5, "offload.device_memory"),
     ],

@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flexbatch.chat.command import DEFAULTS, conversation_sampling
+from flexbatch.chat.command import DEFAULTS
 from flexbatch.chat.dialogue import Dialogue, Speaker
 from flexbatch.chat.planning import opened, pass_times, plan_conversation, seconds_with_guesses
 from flexbatch.chat.templates import PREAMBLE, choose_template
 from flexbatch.composition import load_config
+from flexbatch.data.prompts import sampling_of
 from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.lookup import draft_length
 from flexbatch.errors import CapacityError, ConfigError
@@ -55,7 +56,7 @@ def talking(folder: Path, cache: Path, *overrides: str, context: int = 400) -> I
     speaker = Speaker(
         model.tokenizer,
         choose_template(config, model.tokenizer),
-        conversation_sampling(config.generation),
+        sampling_of(config.generation, config.generation.seed),
         model.end_tokens,
         pass_times(config, plan),
         config.prompt.system,

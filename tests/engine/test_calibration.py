@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexbatch.engine import calibration
+from flexbatch.engine import calibration, measurement
 from flexbatch.engine.calibration import check_device, familiar_hardware, measure_hardware
 from flexbatch.errors import ConfigError
 from flexbatch.plan.hardware import profile_to_mapping
@@ -65,7 +65,7 @@ def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, fewer in {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "WIDTHS": (1024, 4096)}.items():
-        monkeypatch.setattr(calibration, name, fewer)
+        monkeypatch.setattr(measurement, name, fewer)
     disk, cache = tmp_path / "disk", tmp_path / "cache"
     profile = measure_hardware(CPU, disk, cache)
     assert list(disk.iterdir()) == []
