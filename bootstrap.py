@@ -127,14 +127,15 @@ def test(arguments: list[str]) -> int:
     install(["dev"])
     tools = VENV / "bin"
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}", "VIRTUAL_ENV": str(VENV)}
-    # As many test processes as cores (four at the most), each with one thread for its arithmetic.
+    # One test process more than cores (some tests wait), four at the most, each with one thread for its arithmetic.
     environment.setdefault("OMP_NUM_THREADS", "1")
+    processes = min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 4
     gates = [
         [str(tools / "ruff"), "check", "."],
         [str(tools / "ruff"), "format", "--check", "."],
         [str(tools / "mypy")],
         [str(tools / "lint-imports")],
-        [str(PYTHON), "-m", "pytest", "-n", "auto", "--maxprocesses", "4", *arguments],
+        [str(PYTHON), "-m", "pytest", "-n", str(processes), "--dist", "worksteal", *arguments],
     ]
     failed = []
     for gate in gates:
