@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flexbatch.kernels.int8_rows import round_rows, scale_sums
+
 LARGEST = 127
 CHUNK = 1 << 19
 
@@ -44,6 +46,9 @@ class Int8Layout:
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 values of the tensor's shape and float32 scales [...], one for each row of the last dimension."""
     rows = tensor.reshape(-1, tensor.shape[-1])
+    if _suits_kernels(rows):
+        values, scale = round_rows(rows.contiguous())
+        return values.view(tensor.shape), scale.view(tensor.shape[:-1])
     values = torch.empty(rows.shape, dtype=torch.int8, device=tensor.device)
     scale = torch.empty(rows.shape[0], device=tensor.device)
     for part in _parts(*rows.shape):
@@ -66,12 +71,25 @@ def int8_linear(
     """
     values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     product = torch._int_mm(values, weight.t())
-    out = torch.empty(product.shape, dtype=x.dtype, device=x.device)
     offset = torch.zeros_like(weight_scale) if bias is None else bias.float()
-    for part in _parts(*product.shape):
-        numbers = product[part].float().mul_(scale[part].unsqueeze(-1))
-        out[part].copy_(torch.addcmul(offset, numbers, weight_scale, out=numbers))
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return _scaled(product, scale, weight_scale, offset, x).view(*x.shape[:-1], weight.shape[0])
+
+
+def _scaled(
+    sums: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor, offset: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """sums * row_scale * column_scale + offset in float32, rounded once to the type of `like`."""
+    if _suits_kernels(like):
+        return scale_sums(sums, row_scale, column_scale, offset)
+    out = torch.empty(sums.shape, dtype=like.dtype, device=like.device)
+    for part in _parts(*sums.shape):
+        numbers = sums[part].float().mul_(row_scale[part].unsqueeze(-1))
+        out[part].copy_(torch.addcmul(offset, numbers, column_scale, out=numbers))
+    return out
+
+
+def _suits_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def _parts(rows: int, row: int) -> Iterator[slice]:

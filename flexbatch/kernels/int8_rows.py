@@ -1,0 +1,74 @@
+"""What surrounds an integer product on the CPU, in one pass each: bfloat16 rows to int8 and int32 sums to bfloat16.
+
+torch needs several passes over float32 scratch memory for either, a sixth of the time of the product between them
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from flexbatch.kernels.floats import narrowed, widened
+from flexbatch.kernels.threads import on_all_threads
+
+LARGEST = np.float32(127)
+TINY = np.finfo(np.float32).tiny
+SIZE = np.uint16(0x7FFF)  # a bfloat16 without its sign: as an integer it orders sizes
+SMALL = 1 << 16  # numbers; with fewer a second thread costs more than it brings
+
+
+def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 of the shape of `rows` (bfloat16 `[rows, numbers]`, contiguous), and float32 scales `[rows]`: the largest
+    size of a row becomes 127."""
+    values, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    kernel: Any = _round
+    arguments = (rows.view(torch.uint16).numpy(), values.numpy(), scale.numpy())
+    on_all_threads(lambda first, step: kernel(*arguments, first, step), _threads(rows))
+    return values, scale
+
+
+def scale_sums(
+    sums: torch.Tensor, row_scale: torch.Tensor, column_scale: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
+    """sums * row_scale * column_scale + offset in float32, rounded once to bfloat16 `[rows, columns]`.
+
+    `sums` int32 `[rows, columns]`, `row_scale` float32 `[rows]`, `column_scale` and `offset` float32 `[columns]`, all
+    contiguous.
+    """
+    out = torch.empty(sums.shape, dtype=torch.bfloat16)
+    kernel: Any = _scale
+    given = (each.numpy() for each in (sums, row_scale, column_scale, offset))
+    arguments = (*given, out.view(torch.uint16).numpy())
+    on_all_threads(lambda first, step: kernel(*arguments, first, step), _threads(sums))
+    return out
+
+
+def _threads(numbers: torch.Tensor) -> int | None:
+    return 1 if numbers.numel() < SMALL else None
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round(rows: Any, values: Any, scale: Any, first: int, step: int) -> None:
+    """Every `step`-th row from `first` on."""
+    for row in range(first, rows.shape[0], step):
+        numbers, target = rows[row], values[row]
+        largest = np.uint16(0)
+        for index in range(len(numbers)):
+            largest = max(largest, np.uint16(numbers[index] & SIZE))
+        scale[row] = max(widened(largest) / LARGEST, TINY)
+        times = np.float32(1) / scale[row]
+        for index in range(len(numbers)):
+            target[index] = np.int8(np.int32(np.rint(widened(numbers[index]) * times)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _scale(sums: Any, row_scale: Any, column_scale: Any, offset: Any, out: Any, first: int, step: int) -> None:
+    """Every `step`-th row from `first` on."""
+    for row in range(first, sums.shape[0], step):
+        source, target, times = sums[row], out[row], row_scale[row]
+        for index in range(len(source)):
+            target[index] = narrowed(np.float32(source[index]) * times * column_scale[index] + offset[index])
