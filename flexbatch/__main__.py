@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flexbatch.errors import ConfigError, FlexbatchError, Interrupted
+from flexbatch.waiting import wait_shortly
 
 if TYPE_CHECKING:
     from flexbatch.config import Config
@@ -42,6 +43,7 @@ Without a verb it is run; without overrides job=helm_eval model=opt-tiny. For ex
 
 def run(arguments: Sequence[str]) -> int:
     config, overrides = parse(arguments)
+    wait_shortly()
 
     from flexbatch import pipeline
     from flexbatch.interrupt import StopSignal
@@ -53,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def plan(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments)
+    wait_shortly()
 
     from flexbatch import pipeline
 
@@ -89,6 +92,8 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def chat(arguments: Sequence[str]) -> int:
+    wait_shortly()
+
     from flexbatch.chat.command import DEFAULTS, chat
 
     config, _ = parse([*DEFAULTS, *arguments])
