@@ -216,6 +216,9 @@ class BenchConfig:
     batches: list[int] = option([8, 16, 24, 32], "bench: batch sizes of a peer to try, until they get slower", least=1)
     peer_rows: int = option(0, "bench: rows that a peer runs at its best batch size; 0: all", least=0)
     repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)
+    policies: int = option(
+        0, "bench: hand-made policies to run beside the automatic one, in place of peers; 0: none", least=0
+    )
     row_counts: list[int] = option([10, 100, 1000, 10000], "bench: rows of the runs of scaling", least=1)
     timeout: float = option(3600.0, "bench: seconds after which an engine's run is given up", least=1.0)
     text: str = option("", "quality: a plain text file to score, beside what the model writes itself", path=True)

@@ -19,9 +19,10 @@ from flexbatch.bench.fitting import why_no_room
 from flexbatch.bench.launcher import Launcher
 from flexbatch.bench.machine import describe_machine, load_average
 from flexbatch.bench.peers import Search, search_batch
+from flexbatch.bench.policies import measure_policies
 from flexbatch.bench.roofline import MachineLimits
 from flexbatch.bench.scaling import measure_scaling
-from flexbatch.bench.table import print_comparison, print_scaling
+from flexbatch.bench.table import print_comparison, print_policies, print_scaling
 from flexbatch.bench.trial import Outcome, Prompts, Trial, write_prompts
 from flexbatch.bench.workloads import make_prompts
 from flexbatch.config import Config, parse_bytes
@@ -64,7 +65,8 @@ def compare(config: Config, console: Console) -> dict[str, Any]:
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="scratch-") as scratch:
         session = Session(config, Launcher(folder, config.bench.timeout), console, Path(scratch))
-        return session.measure() | {"records": str(folder)}
+        measured = session.policies() if config.bench.policies else session.measure()
+        return measured | {"records": str(folder)}
 
 
 class Session:
@@ -112,6 +114,14 @@ class Session:
             "limits": dataclasses.asdict(limits),
             "engines": comparison.record(),
         }
+
+    def policies(self) -> dict[str, Any]:
+        """The automatic policy beside hand-made ones."""
+        self._prompts()
+        self._limits()
+        grid = measure_policies(self._template, self._config.bench.policies, self._run)
+        print_policies(self._console, self._title(), grid)
+        return {"model": self._config.model.name, "policies": grid.record()}
 
     @property
     def _int8(self) -> bool:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexbatch.bench.comparison import OWN, Comparison, EngineRuns
+from flexbatch.bench.policies import PolicyGrid, PolicyRun
 from flexbatch.bench.roofline import MachineLimits
 
 GIB = 1 << 30
@@ -66,6 +67,37 @@ def rates_line(limits: MachineLimits) -> str:
         f"measured in this run: matrix products {gemm} rows (GFLOP/s); disk {limits.disk_read / 1e9:.2f} GB/s direct; "
         f"memory copy {limits.memory_copy / 1e9:.1f} GB/s"
     )
+
+
+def print_policies(console: Console, title: str, grid: PolicyGrid) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("policy")
+    for name in ("slots", "prompt tokens a pass", "weights on device", "seconds", "predicted", "tokens/s"):
+        table.add_column(name, justify="right")
+    ordered = sorted(grid.hand_made, key=lambda run: -run.outcome.rate)
+    for name, runs in (("automatic", grid.automatic), ("hand-made", ordered)):
+        for run in runs:
+            table.add_row(name, *_policy_cells(run))
+    console.print(table)
+    console.print(
+        f"The automatic policy reaches {grid.reached:.1%} of the throughput of the best of {len(ordered)} hand-made "
+        "ones (the median of its runs).",
+        highlight=False,
+    )
+
+
+def _policy_cells(run: PolicyRun) -> list[str]:
+    if run.outcome.error:
+        return [str(run.options.get("slots", "")), str(run.options.get("prefill_tokens", "")), run.outcome.error]
+    policy = run.outcome.details["policy"]
+    return [
+        str(policy["slots"]),
+        str(policy["prefill_tokens"]),
+        f"{policy['weights']['device']:.0%}",
+        f"{run.outcome.seconds:.1f}",
+        f"{run.predicted:.1f}",
+        f"{run.outcome.rate:.2f}",
+    ]
 
 
 def print_scaling(console: Console, title: str, runs: Sequence[Mapping[str, Any]]) -> None:

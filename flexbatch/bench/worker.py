@@ -22,10 +22,11 @@ ENGINES = {
     "ctranslate2": ("ctranslate2_memory", "run"),
     "ctranslate2-conversion": ("ctranslate2_memory", "convert"),
     "deepspeed": ("deepspeed_disk", "run"),
+    "policies": ("hand_made", "run"),
     "roofline": ("machine_limits", "run"),
     "checkpoint": ("checkpoint_maker", "run"),
 }
-OWN = ("flexbatch", "roofline")
+OWN = ("flexbatch", "policies", "roofline")
 """Those that wait as `flexbatch run` does; peers as they would by themselves."""
 
 
