@@ -64,19 +64,24 @@ def walk(micro_batches: Sequence[MicroBatch], ready: Ready) -> list[Any]:
     return [micro_batch.result for micro_batch in micro_batches]
 
 
-def install_stops(stepped: SteppedModel, parked: Parked | None) -> None:
-    """Wraps every stop's forward so that it first hands control to the walk; with `parked`, hidden states make room."""
+def install_stops(stepped: SteppedModel, parked: Parked | None, settle: Callable[[], None]) -> None:
+    """Wraps every stop's forward so that it first hands control to the walk; with `parked`, hidden states make room.
+    `settle` is called whenever a call arrives at a stop, when what the stop before needed is free again."""
     for stop in stepped.stops:
-        stop.module.forward = _stopping(stop, stop.module.forward, parked if stop.layer is not None else None)
+        parked_here = parked if stop.layer is not None else None
+        stop.module.forward = _stopping(stop, stop.module.forward, parked_here, settle)
 
 
-def _stopping(stop: Stop, forward: Callable[..., Any], parked: Parked | None) -> Callable[..., Any]:
+def _stopping(
+    stop: Stop, forward: Callable[..., Any], parked: Parked | None, settle: Callable[[], None]
+) -> Callable[..., Any]:
     def stopped(*args: Any, **kwargs: Any) -> Any:
         if stop.layer is None and _last.get() is stop:
             return forward(*_canonical(args), **kwargs)  # met again at once: its weights are still there
         restore = parked(args[0] if args else kwargs["hidden_states"]) if parked is not None else None
         walker = getcurrent().parent
         assert walker is not None, "a stop was met outside a walk"
+        settle()
         try:
             walker.switch(stop)
             _last.set(stop)

@@ -19,6 +19,7 @@ from flexbatch.engine.packed_sources import pack_sources
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.memory.direct_io import choose_reader
+from flexbatch.memory.heap import Heap
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent
@@ -142,5 +143,7 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     stream = StreamOptions(reader, policy.prefetch_bytes, options.on_event)
     weights = Weights(stepped, sources, policy.weights, storage, stream)
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
-    install_stops(stepped, parking.park if parking is not None else None)
+    # Only where the model's memory is the process's own.
+    heap = Heap(limits.device if limits.one_memory else UNLIMITED)
+    install_stops(stepped, parking.park if parking is not None else None, heap.settle)
     return _Opened(stepped, weights, storage)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.memory.tiers import DiskArena, HostArena, TierBudget
 from flexbatch.plan.policy import Shares, Tier
 
@@ -29,6 +30,9 @@ class Storage:
             arena = DiskArena(self._disk_folder, nbytes)
             self._disk_arenas.append(arena)
             return arena.tensor(shape, dtype)
+        if self.device.type == "cpu":
+            # Beside the heap: what lives long there keeps the room of what was freed before it from being used again.
+            return AlignedBuffer(nbytes).view(0, dtype, shape)
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def close(self) -> None:

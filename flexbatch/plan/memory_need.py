@@ -181,6 +181,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
+    if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled
+        inner += 2 * spec.intermediate_size
     attended = policy.slots * span(workload)
     waiting = (tokens + policy.slots) * spec.hidden_size * size
     logits = min(policy.slots + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)

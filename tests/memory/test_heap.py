@@ -1,0 +1,49 @@
+"""Memory that was freed is given back when the limit is near, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexbatch.memory import heap
+from flexbatch.memory.direct_io import AlignedBuffer
+from flexbatch.memory.heap import MARGIN, Heap, resident_bytes
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(heap._malloc_trim() is None, reason="no glibc, or no /proc")
+
+
+def holes() -> list[torch.Tensor]:
+    """The blocks that are still in use of some 160 MiB, all of which the heap keeps."""
+    blocks = [torch.ones(16 << 10) for _ in range(2560)]  # 64 KiB each: below what malloc maps by itself
+    return blocks[::64]
+
+
+def test_freed_memory_is_given_back_near_the_limit() -> None:
+    kept = holes()
+    before = resident_bytes()
+    Heap(before + MARGIN // 2).settle()
+    assert before - resident_bytes() > 100 * MIB
+    assert all((block == 1).all() for block in kept)
+
+
+def test_far_from_the_limit_it_stays_for_the_next_use() -> None:
+    kept = holes()
+    before = resident_bytes()
+    Heap(before + 2 * MARGIN).settle()
+    assert resident_bytes() > before - 16 * MIB
+    assert len(kept) == 40
+
+
+def test_it_is_not_asked_for_again_before_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: lambda: calls.append(True))
+    full = Heap(limit=MIB)
+    full.settle()
+    full.settle()
+    assert len(calls) == 1
+    grown = AlignedBuffer(64 * MIB)  # beside the heap, which may still have room
+    grown.tensor.fill_(1)
+    full.settle()
+    assert len(calls) == 2
