@@ -13,11 +13,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from flexbatch.checkpoint.architecture import Expected
 from flexbatch.checkpoint.stored import StoredTensor, StoredTensors
 from flexbatch.errors import ModelError
+from flexbatch.memory.tensor_names import is_leftover, some
 
-# Left over in published checkpoints: causal masks and rotary tables that were once saved with the weights.
-_OLD_BUFFERS = re.compile(
-    r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|rotary_emb\.inv_freq|\.causal_mask|\.embed_positions|decoder\.version)$"
-)
 _COMPARED_AT_ONCE = 16 * 1024 * 1024
 
 
@@ -74,7 +71,7 @@ class _Names:
         return (renamed, pattern is None) if renamed in self._wanted else (None, True)
 
     def is_ignored(self, name: str) -> bool:
-        return bool(_OLD_BUFFERS.search(name)) or any(re.search(rule, name) for rule in self._ignored)
+        return is_leftover(name) or any(re.search(rule, name) for rule in self._ignored)
 
 
 def _check_names(
@@ -84,13 +81,13 @@ def _check_names(
     missing = [name for name in expected.shapes if name not in targets]
     if missing:
         raise ModelError(
-            f"{where}: {_count(missing)} of {expected.class_name} missing: {_some(missing)}."
-            + (f" There are {_some(extra)} instead." if extra else ""),
+            f"{where}: {_count(missing)} of {expected.class_name} missing: {some(missing)}."
+            + (f" There are {some(extra)} instead." if extra else ""),
             remedy="The weights do not belong to this config, or a file of theirs was not fetched.",
         )
     if extra:
         raise ModelError(
-            f"{where}: {_count(extra)} without a place in {expected.class_name}: {_some(extra)}.",
+            f"{where}: {_count(extra)} without a place in {expected.class_name}: {some(extra)}.",
             remedy="The weights do not belong to this config; name the right one with --config.",
         )
 
@@ -138,7 +135,3 @@ def _check_equal(kept: StoredTensor, double: StoredTensor) -> None:
 
 def _count(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

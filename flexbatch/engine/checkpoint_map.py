@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from flexbatch.errors import ModelError
 from flexbatch.memory.safetensors_index import TensorEntry
+from flexbatch.memory.tensor_names import is_leftover, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +144,13 @@ def _check(
     missing = [name for name in wanted if name not in sources and not _ignored(model, name, "missing")]
     if missing:
         raise ModelError(
-            f"{where}: {len(missing)} tensors of {type(model).__name__} are missing: {_some(missing)}.",
+            f"{where}: {len(missing)} tensors of {type(model).__name__} are missing: {some(missing)}.",
             remedy="The checkpoint does not belong to its config.json, or a shard is incomplete; fetch it again.",
         )
     strange = [name for name in unexpected if not _ignored(model, name, "unexpected")]
     if strange:
         raise ModelError(
-            f"{where}: {len(strange)} tensors have no place in {type(model).__name__}: {_some(strange)}.",
+            f"{where}: {len(strange)} tensors have no place in {type(model).__name__}: {some(strange)}.",
             remedy="The checkpoint does not belong to its config.json; check model.path.",
         )
     for name, source in sources.items():
@@ -162,16 +163,6 @@ def _check(
             )
 
 
-# Left over in published checkpoints: causal masks and rotary tables that were once saved as buffers.
-_OLD_BUFFERS = re.compile(
-    r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|\.attention\.(masked_)?bias|\.causal_mask|embed_positions)$"
-)
-
-
 def _ignored(model: PreTrainedModel, name: str, kind: str) -> bool:
     rules = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
-    return any(re.search(rule, name) for rule in rules) or (kind == "unexpected" and bool(_OLD_BUFFERS.search(name)))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return any(re.search(rule, name) for rule in rules) or (kind == "unexpected" and is_leftover(name))

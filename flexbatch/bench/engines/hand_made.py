@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,8 @@ def policies(plan: Plan) -> Iterator[dict[str, Any]]:
     chosen, rows = plan.prediction.policy, plan.workload.rows
     slots = {min(rows, max(1, round(chosen.slots * times))) for times in SLOTS}
     tokens = {max(1, round(chosen.prefill_tokens * times)) for times in PREFILL}
-    for made in sorted((many, few) for many in slots for few in tokens):
+    longest = math.ceil(plan.workload.longest_prompt)
+    for made in sorted({(many, min(few, many * longest)) for many in slots for few in tokens}):
         percent = _fullest(plan, *made)
         if percent is not None:
             options = {"policy": "manual", "percent": [float(percent), 0.0, 100.0, 0.0, 100.0, 0.0]}

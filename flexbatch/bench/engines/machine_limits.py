@@ -68,13 +68,13 @@ def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) 
 
 @torch.inference_mode()
 def int8_rate(shapes: Sequence[tuple[int, int]], rows: int) -> float:
-    """The same for integer products (without the scaling of activations around them)."""
-    weights = [torch.randint(-9, 9, shape, dtype=torch.int8) for shape in shapes]
+    """The same for integer products (without the scaling of activations around them), weights laid as they are kept."""
+    weights = [torch.randint(-9, 9, shape[::-1], dtype=torch.int8) for shape in shapes]
     inputs = {width: torch.randint(-9, 9, (rows, width), dtype=torch.int8) for _, width in shapes}
 
     def work() -> None:
         for weight in weights:
-            torch._int_mm(inputs[weight.shape[1]], weight.t())
+            torch._int_mm(inputs[weight.shape[0]], weight)
 
     return 2.0 * rows * sum(weight.numel() for weight in weights) / seconds_of(work, CPU, rounds=3)
 
