@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ WIDTHS = (512, 1024, 2048, 4096)
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
+HEAD = 64
+ACTIVATION_ROUNDS = 5
+
+# What a layer does beyond its products takes at least this part of their time: noise must not make it vanish.
+LEAST_BEYOND = 0.01
 
 
 def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
@@ -42,16 +48,14 @@ def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     read, write, read_cpu = _disk(disk_folder)
     to_device, to_host = _links(device)
     layer, one_pass = _calls(device)
-    gemm = {kind: dict(curve) for kind, curve in _gemm_curves(device)}
-    attention = _prefill_attention(device)
     return {
         "name": "this machine",
         "device": device.type,
         "cores": core_count(),
-        "gemm": gemm,
+        "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
         "gemm_width": _width_factors(device),
-        "activation_numbers": _activation_rate(device, gemm[_name(_half(device))], attention),
-        "attention_flops": attention,
+        "activation_numbers": _activation_rate(device),
+        "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
         "host_attention_bytes": _decode_attention(torch.device("cpu")),
         "memory_copy": _copy_rate(torch.device("cpu"), torch.device("cpu")),
@@ -125,30 +129,50 @@ def _width_factors(device: torch.device) -> dict[int, float]:
     return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
 
 
-def _activation_rate(device: torch.device, gemm: Mapping[int, float], attention: float) -> float:
+@torch.inference_mode()
+def _activation_rate(device: torch.device) -> float:
     """Numbers per second through what a layer does besides products and attention: what real layers take beyond them.
 
-    `gemm` is FLOP/s by rows in the type of `_half`, `attention` FLOP/s of prefill attention.
+    All three are timed in turn, because a difference of times that were taken apart is mostly noise.
     """
     rows, length, width = 8, 256, 1024
-    tokens = rows * length
-    layers = [_forward(device, count, width, (rows, length)) for count in (1, 3)]
-    flops = 2.0 * 12 * width * width * tokens / gemm[max(gemm)] + 4.0 * tokens * length * width / attention
-    beyond = (layers[1] - layers[0]) / 2 - flops
-    # Never less than a tenth of a percent of the products: noise must not make it vanish.
-    return tokens * layer_activations(width, 4 * width) / max(beyond, 1e-3 * flops)
+    works = [_layers(device, count, width, (rows, length)) for count in (1, 3)]
+    works.append(_layer_products(device, width, (rows, length)))
+    rounds = [[seconds_of(work, device, rounds=1) for work in works] for _ in range(ACTIVATION_ROUNDS)]
+    products = statistics.median(seconds for _, _, seconds in rounds)
+    beyond = statistics.median((three - one) / 2 - alone for one, three, alone in rounds)
+    return rows * length * layer_activations(width, 4 * width) / max(beyond, LEAST_BEYOND * products)
 
 
-@torch.inference_mode()
-def _forward(device: torch.device, layers: int, width: int, shape: tuple[int, int]) -> float:
-    """Seconds of a small-vocabulary OPT's call on padded prompts of this shape."""
+def _layers(device: torch.device, count: int, width: int, shape: tuple[int, int]) -> Callable[[], object]:
+    """A call of a small-vocabulary OPT of so many layers on padded prompts of this shape."""
     fields = {"vocab_size": 512, "hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
-    config = AutoConfig.for_model("opt", num_hidden_layers=layers, num_attention_heads=width // 64, **fields)
+    config = AutoConfig.for_model("opt", num_hidden_layers=count, num_attention_heads=width // HEAD, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=_half(device))  # type: ignore[no-untyped-call]
     model = model.to(device).eval()
     ids, mask = torch.ones(shape, dtype=torch.long, device=device), torch.ones(shape, dtype=torch.long, device=device)
     mask[0, 0] = 0
-    return seconds_of(partial(model, input_ids=ids, attention_mask=mask, use_cache=False), device)
+    return partial(model, input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def _layer_products(device: torch.device, width: int, shape: tuple[int, int]) -> Callable[[], None]:
+    """The products and the attention of one of those layers, and nothing else."""
+    narrow, up, down = (
+        torch.randn(to, by, dtype=_half(device), device=device)
+        for to, by in ((width, width), (4 * width, width), (width, 4 * width))
+    )
+    x, inner = (torch.randn(*shape, each, dtype=narrow.dtype, device=device) for each in (width, 4 * width))
+    heads = torch.randn(shape[0], width // HEAD, shape[1], HEAD, dtype=narrow.dtype, device=device)
+    mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device=device).tril()
+
+    def work() -> None:
+        for _ in range(4):
+            functional.linear(x, narrow)
+        functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        functional.linear(x, up)
+        functional.linear(inner, down)
+
+    return work
 
 
 @torch.inference_mode()

@@ -14,8 +14,8 @@ from flexbatch.plan.policy import ALL_DEVICE, Shares
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.planning import plan_run
 
-SLOTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
-PREFILL = (0.25, 0.5, 1.0, 2.0, 4.0)
+SLOTS = (0.25, 0.5, 0.6, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0)
+PREFILL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 """Multiples of what the plan chose."""
 
 PERCENT = range(100, -1, -5)
