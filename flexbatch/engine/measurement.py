@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -34,10 +33,6 @@ READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
 HEAD = 64
-ACTIVATION_ROUNDS = 5
-
-# What a layer does beyond its products takes at least this part of their time: noise must not make it vanish.
-LEAST_BEYOND = 0.01
 
 
 def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
@@ -131,48 +126,23 @@ def _width_factors(device: torch.device) -> dict[int, float]:
 
 @torch.inference_mode()
 def _activation_rate(device: torch.device) -> float:
-    """Numbers per second through what a layer does besides products and attention: what real layers take beyond them.
+    """Numbers per second through what a layer does besides products and attention, as `layer_activations` counts them:
+    two norms, two residuals, the copies of the heads, the activation function.
 
-    All three are timed in turn, because a difference of times that were taken apart is mostly noise.
+    Timed by itself: as a difference between a layer and its products it would be mostly noise.
     """
-    rows, length, width = 8, 256, 1024
-    works = [_layers(device, count, width, (rows, length)) for count in (1, 3)]
-    works.append(_layer_products(device, width, (rows, length)))
-    rounds = [[seconds_of(work, device, rounds=1) for work in works] for _ in range(ACTIVATION_ROUNDS)]
-    products = statistics.median(seconds for _, _, seconds in rounds)
-    beyond = statistics.median((three - one) / 2 - alone for one, three, alone in rounds)
-    return rows * length * layer_activations(width, 4 * width) / max(beyond, LEAST_BEYOND * products)
-
-
-def _layers(device: torch.device, count: int, width: int, shape: tuple[int, int]) -> Callable[[], object]:
-    """A call of a small-vocabulary OPT of so many layers on padded prompts of this shape."""
-    fields = {"vocab_size": 512, "hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
-    config = AutoConfig.for_model("opt", num_hidden_layers=count, num_attention_heads=width // HEAD, **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=_half(device))  # type: ignore[no-untyped-call]
-    model = model.to(device).eval()
-    ids, mask = torch.ones(shape, dtype=torch.long, device=device), torch.ones(shape, dtype=torch.long, device=device)
-    mask[0, 0] = 0
-    return partial(model, input_ids=ids, attention_mask=mask, use_cache=False)
-
-
-def _layer_products(device: torch.device, width: int, shape: tuple[int, int]) -> Callable[[], None]:
-    """The products and the attention of one of those layers, and nothing else."""
-    narrow, up, down = (
-        torch.randn(to, by, dtype=_half(device), device=device)
-        for to, by in ((width, width), (4 * width, width), (width, 4 * width))
-    )
-    x, inner = (torch.randn(*shape, each, dtype=narrow.dtype, device=device) for each in (width, 4 * width))
-    heads = torch.randn(shape[0], width // HEAD, shape[1], HEAD, dtype=narrow.dtype, device=device)
-    mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device=device).tril()
+    tokens, width = 2048, 2048  # more than a cache holds, as between two products over streamed weights
+    x, inner = (torch.randn(1, tokens, each, dtype=_half(device), device=device) for each in (width, 4 * width))
+    weight, bias = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
 
     def work() -> None:
+        for _ in range(2):
+            torch.add(x, functional.layer_norm(x, (width,), weight, bias))
         for _ in range(4):
-            functional.linear(x, narrow)
-        functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
-        functional.linear(x, up)
-        functional.linear(inner, down)
+            x.view(1, tokens, -1, HEAD).transpose(1, 2).contiguous()
+        functional.relu(inner)
 
-    return work
+    return tokens * layer_activations(width, 4 * width) / seconds_of(work, device)
 
 
 @torch.inference_mode()
