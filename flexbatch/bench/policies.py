@@ -13,7 +13,8 @@ from flexbatch.bench.trial import Outcome, Trial
 from flexbatch.errors import EngineError
 
 TURNS = 3
-"""Runs of the automatic policy: before, amid and after the others, because a machine is not the same for an hour."""
+"""Runs of the automatic policy and of the best of the others, in turn: the best time of many is lucky, and a machine is
+not the same for an hour."""
 
 
 @dataclass(frozen=True)
@@ -27,41 +28,33 @@ class PolicyRun:
 
 @dataclass(frozen=True)
 class PolicyGrid:
-    """`automatic` are the runs of the automatic policy, `hand_made` one run of each other."""
+    """`hand_made` is one run of each policy; `best` are further runs of the fastest of them, `automatic` runs of the
+    automatic policy beside those."""
 
-    automatic: tuple[PolicyRun, ...]
     hand_made: tuple[PolicyRun, ...]
-
-    @property
-    def best(self) -> PolicyRun:
-        """The hand-made policy with the highest throughput."""
-        return max(self.hand_made, key=lambda run: run.outcome.rate)
+    best: tuple[PolicyRun, ...]
+    automatic: tuple[PolicyRun, ...]
 
     @property
     def reached(self) -> float:
-        """The automatic policy's throughput (the median of its runs) as a part of the best hand-made one's."""
-        return median(run.outcome.rate for run in self.automatic) / self.best.outcome.rate
+        """The automatic policy's throughput as a part of the best hand-made one's, medians of runs in turn."""
+        own, best = (median(run.outcome.rate for run in runs) for runs in (self.automatic, self.best))
+        return own / best
 
     def record(self) -> dict[str, Any]:
-        return {
-            "automatic": [dataclasses.asdict(run) for run in self.automatic],
-            "hand_made": [dataclasses.asdict(run) for run in self.hand_made],
-            "reached": self.reached,
-        }
+        return dataclasses.asdict(self) | {"reached": self.reached}
 
 
 def measure_policies(trial: Trial, count: int, run: Callable[[Trial], Outcome]) -> PolicyGrid:
-    """Runs the trial under the automatic policy and under `count` hand-made ones, or as many as fit."""
+    """Runs the trial under `count` hand-made policies (or as many as fit), then under the fastest of them and the
+    automatic one in turn."""
     listed = run(dataclasses.replace(trial, engine="policies"))
     if listed.error:
         raise EngineError(f"The hand-made policies could not be listed: {listed.error}")
-    chosen = spread(listed.details["policies"], count)
-    automatic, hand_made = [_measured(trial, {}, run)], []
-    for number, policy in enumerate(chosen, start=1):
-        hand_made.append(_measured(trial, policy, run))
-        if number * (TURNS - 1) % len(chosen) < TURNS - 1:
-            automatic.append(_measured(trial, {}, run))
-    return PolicyGrid(tuple(automatic), tuple(hand_made))
+    hand_made = [_measured(trial, options, run) for options in spread(listed.details["policies"], count)]
+    fastest = max(hand_made, key=lambda made: made.outcome.rate)
+    turns = [(_measured(trial, {}, run), _measured(trial, fastest.options, run)) for _ in range(TURNS)]
+    return PolicyGrid(tuple(hand_made), tuple(best for _, best in turns), tuple(own for own, _ in turns))
 
 
 def spread(policies: Sequence[Any], count: int) -> list[Any]:

@@ -75,13 +75,13 @@ def print_policies(console: Console, title: str, grid: PolicyGrid) -> None:
     for name in ("slots", "prompt tokens a pass", "weights on device", "seconds", "predicted", "tokens/s"):
         table.add_column(name, justify="right")
     ordered = sorted(grid.hand_made, key=lambda run: -run.outcome.rate)
-    for name, runs in (("automatic", grid.automatic), ("hand-made", ordered)):
+    for name, runs in (("automatic", grid.automatic), ("best again", grid.best), ("hand-made", ordered)):
         for run in runs:
             table.add_row(name, *_policy_cells(run))
     console.print(table)
     console.print(
         f"The automatic policy reaches {grid.reached:.1%} of the throughput of the best of {len(ordered)} hand-made "
-        "ones (the median of its runs).",
+        "ones (medians of runs in turn).",
         highlight=False,
     )
 
