@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 HIDDEN = 4096
 WIDTHS = (512, 1024, 2048, 4096)
+WIDTH_ROWS = 160
+WIDTH_BYTES = 128 << 20
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
 HEAD = 64
+CACHES = 64 << 20
 
 
 def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
@@ -104,24 +108,27 @@ def _gemm_rate(device: torch.device, dtype: torch.dtype, rows: int) -> float:
     weights = [torch.randn(HIDDEN, HIDDEN, dtype=dtype, device=device) for _ in range(count)]
     inputs = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
 
-    def work() -> None:
-        for weight in weights:
-            functional.linear(inputs, weight)
-
-    return 2.0 * rows * HIDDEN * HIDDEN * count / seconds_of(work, device, rounds=3)
+    seconds = seconds_of(partial(_linears, inputs, weights), device, rounds=3)
+    return 2.0 * rows * HIDDEN * HIDDEN * count / seconds
 
 
 @torch.inference_mode()
 def _width_factors(device: torch.device) -> dict[int, float]:
-    """A linear layer's rate at several hidden sizes, as a part of its rate at the largest."""
+    """A linear layer's rate at several hidden sizes, as a part of its rate at the largest: for the rows of an ordinary
+    pass, and weights that come from memory."""
     rates = {}
     for width in WIDTHS:
-        weight = torch.randn(4 * width, width, dtype=_half(device), device=device)
-        inputs = torch.randn(1024, width, dtype=weight.dtype, device=device)
-        rates[width] = (
-            2.0 * inputs.numel() * weight.shape[0] / seconds_of(partial(functional.linear, inputs, weight), device)
-        )
+        count = max(1, WIDTH_BYTES // (8 * width * width))
+        weights = [torch.randn(4 * width, width, dtype=_half(device), device=device) for _ in range(count)]
+        inputs = torch.randn(WIDTH_ROWS, width, dtype=_half(device), device=device)
+        seconds = seconds_of(partial(_linears, inputs, weights), device, rounds=9)
+        rates[width] = 2.0 * inputs.numel() * 4 * width * count / seconds
     return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
+
+
+def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    for weight in weights:
+        functional.linear(inputs, weight)
 
 
 @torch.inference_mode()
@@ -129,20 +136,26 @@ def _activation_rate(device: torch.device) -> float:
     """Numbers per second through what a layer does besides products and attention, as `layer_activations` counts them:
     two norms, two residuals, the copies of the heads, the activation function.
 
-    Timed by itself: as a difference between a layer and its products it would be mostly noise.
+    Timed by itself, because as a difference between a layer and its products it would be mostly noise, and each time
+    after other memory has gone through the caches, as a layer's weights do.
     """
-    tokens, width = 2048, 2048  # more than a cache holds, as between two products over streamed weights
+    tokens, width = 160, 2048
     x, inner = (torch.randn(1, tokens, each, dtype=_half(device), device=device) for each in (width, 4 * width))
     weight, bias = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
-
-    def work() -> None:
+    others = torch.zeros(CACHES, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(25):
+        others.add_(1)
+        started = time.perf_counter()
         for _ in range(2):
             torch.add(x, functional.layer_norm(x, (width,), weight, bias))
         for _ in range(4):
             x.view(1, tokens, -1, HEAD).transpose(1, 2).contiguous()
         functional.relu(inner)
-
-    return tokens * layer_activations(width, 4 * width) / seconds_of(work, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return tokens * layer_activations(width, 4 * width) / statistics.median(seconds)
 
 
 @torch.inference_mode()
