@@ -1,4 +1,4 @@
-"""Measures the rates of a machine: products, attention, copies, links, the disk, and what calling a layer costs.
+"""Measures the rates of a machine: products, attention, copies, links, the disk, and what a pass costs besides.
 
 Every figure is taken at the shapes of real work (a hidden size of 4096, heads of 128, weights that are not in a cache),
 as the best of a few rounds, because other processes only ever add time.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
@@ -19,13 +18,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexbatch.engine.attention import attend
+from flexbatch.engine.rehearsal import rehearse
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
-from flexbatch.plan.model_spec import QUANTIZATION_GROUP, layer_activations
+from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 HIDDEN = 4096
@@ -35,8 +34,6 @@ WIDTH_BYTES = 128 << 20
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
-HEAD = 64
-CACHES = 64 << 20
 
 
 def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
@@ -46,14 +43,14 @@ def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     """
     read, write, read_cpu = _disk(disk_folder)
     to_device, to_host = _links(device)
-    layer, one_pass = _calls(device)
+    besides = rehearse(device, disk_folder)
     return {
         "name": "this machine",
         "device": device.type,
         "cores": core_count(),
         "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
         "gemm_width": _width_factors(device),
-        "activation_numbers": _activation_rate(device),
+        "activation_numbers": besides.activation_numbers,
         "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
         "host_attention_bytes": _decode_attention(torch.device("cpu")),
@@ -64,8 +61,8 @@ def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
         "device_to_host": to_host,
         "dequantize_numbers": _dequantise_rate(device),
         "read_cpu_seconds": read_cpu,
-        "layer_call_seconds": layer,
-        "pass_seconds": one_pass,
+        "layer_call_seconds": besides.layer_seconds,
+        "pass_seconds": besides.pass_seconds,
     }
 
 
@@ -129,33 +126,6 @@ def _width_factors(device: torch.device) -> dict[int, float]:
 def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     for weight in weights:
         functional.linear(inputs, weight)
-
-
-@torch.inference_mode()
-def _activation_rate(device: torch.device) -> float:
-    """Numbers per second through what a layer does besides products and attention, as `layer_activations` counts them:
-    two norms, two residuals, the copies of the heads, the activation function.
-
-    Timed by itself, because as a difference between a layer and its products it would be mostly noise, and each time
-    after other memory has gone through the caches, as a layer's weights do.
-    """
-    tokens, width = 160, 2048
-    x, inner = (torch.randn(1, tokens, each, dtype=_half(device), device=device) for each in (width, 4 * width))
-    weight, bias = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
-    others = torch.zeros(CACHES, dtype=torch.uint8, device=device)
-    seconds = []
-    for _ in range(25):
-        others.add_(1)
-        started = time.perf_counter()
-        for _ in range(2):
-            torch.add(x, functional.layer_norm(x, (width,), weight, bias))
-        for _ in range(4):
-            x.view(1, tokens, -1, HEAD).transpose(1, 2).contiguous()
-        functional.relu(inner)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return tokens * layer_activations(width, 4 * width) / statistics.median(seconds)
 
 
 @torch.inference_mode()
@@ -233,20 +203,6 @@ def _dequantise_rate(device: torch.device) -> float:
     packed = quantize(torch.randn(HIDDEN, HIDDEN, device=device), 4, QUANTIZATION_GROUP)
     out = torch.empty(HIDDEN, HIDDEN, dtype=_half(device), device=device)
     return out.numel() / seconds_of(partial(dequantize, packed, out), device)
-
-
-@torch.inference_mode()
-def _calls(device: torch.device) -> tuple[float, float]:
-    """Seconds of calling one tiny layer, and of everything else in a call of the model."""
-    fields = {"vocab_size": 512, "hidden_size": 64, "ffn_dim": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64}
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    seconds = []
-    for layers in (2, 10):
-        config = AutoConfig.for_model("opt", num_hidden_layers=layers, **fields)
-        model = AutoModelForCausalLM.from_config(config).to(device).eval()  # type: ignore[no-untyped-call]
-        seconds.append(seconds_of(partial(model, input_ids=ids, use_cache=False), device))
-    layer = max(1e-6, (seconds[1] - seconds[0]) / 8)
-    return layer, max(1e-6, seconds[0] - 2 * layer)
 
 
 def _disk(folder: Path) -> tuple[float, float, float]:

@@ -35,7 +35,7 @@ FINALISTS = 12
 CLOSE = 0.002
 
 # Part of the time for which twice the memory is not taken.
-NOTHING_TO_SPEAK_OF = 0.02
+NOTHING_TO_SPEAK_OF = 0.01
 
 NOTHING_RESIDENT = Shares(0.0, 0.0)
 
