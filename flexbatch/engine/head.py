@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,18 @@ class _Decoded(Exception):
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.output = output
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some of what the `reader` of one of several pieces reads: `part` of its rows and kept positions, their ids
+    `[rows, positions]` and hidden states `[rows, positions, size]`."""
+
+    piece: int
+    part: tuple[slice, slice]
+    ids: torch.Tensor
+    hidden: torch.Tensor
+    reader: Reader[Any]
 
 
 class SlicedHead:
@@ -62,20 +75,32 @@ class SlicedHead:
         self, inputs: dict[str, Any], pieces: Sequence[tuple[slice, int, int, Reader[Any] | None]]
     ) -> list[list[Any]]:
         """The same for calls side by side: each is a span of the one row's tokens, really so many rows, of which the
-        last so many positions are read, by its own reader (None: by nobody)."""
-        output, made = self._decoded(inputs), []
-        last = len(pieces) - 1
-        wanted = [reader is not None for *_, reader in pieces]
-        for index, (span, rows, kept, reader) in enumerate(pieces):
-            hidden = output[0][0, span].unflatten(0, (rows, -1))[:, -kept:]
-            ids = inputs["input_ids"][0, span].unflatten(0, (rows, -1))
-            if reader is not None:
-                made.append(self._read(ids, output, hidden, reader))
-            else:
-                made.append([])
-                if index == last and not any(wanted):
-                    self._logits(ids[:1], output, hidden[:1])  # every call comes by the head, where others wait for it
+        last so many positions are read, by its own reader (None: by nobody). What fits into one slice goes through the
+        head together, because the head's matrix is the largest of all."""
+        output, made = self._decoded(inputs), [list[Any]() for _ in pieces]
+        blocks = list(self._blocks(inputs["input_ids"][0], output[0][0], pieces))
+        for run in _runs(blocks, logits_at_once(self._vocabulary)):
+            ids, hidden = torch.cat([block.ids for block in run]), torch.cat([block.hidden for block in run])
+            logits = self._logits(ids, output, hidden).float()
+            for block, own in zip(run, torch.split(logits, [len(block.ids) for block in run]), strict=True):
+                made[block.piece].append(block.reader(own, *block.part))
+        if not blocks:
+            last = pieces[-1][0].stop - 1
+            here = slice(last, last + 1)
+            # Every call comes by the head, where others wait for it.
+            self._logits(inputs["input_ids"][:, here], output, output[0][:, here])
         return made
+
+    def _blocks(
+        self, ids: torch.Tensor, hidden: torch.Tensor, pieces: Sequence[tuple[slice, int, int, Reader[Any] | None]]
+    ) -> Iterator[_Block]:
+        """What is read of pieces whose `ids` `[tokens]` and `hidden` states `[tokens, size]` lie side by side."""
+        for index, (span, rows, kept, reader) in enumerate(pieces):
+            if reader is not None:
+                own_ids = ids[span].view(rows, -1)[:, -kept:]
+                own_hidden = hidden[span].view(rows, -1, hidden.shape[1])[:, -kept:]
+                for part in slices(rows, kept, logits_at_once(self._vocabulary)):
+                    yield _Block(index, part, own_ids[part], own_hidden[part], reader)
 
     def _read(self, ids: torch.Tensor, output: Any, hidden: torch.Tensor, reader: Reader[Read]) -> list[Read]:
         return [
@@ -101,6 +126,19 @@ class SlicedHead:
             return logits
         finally:
             _given.reset(given)
+
+
+def _runs(blocks: Sequence[_Block], most: int) -> Iterator[list[_Block]]:
+    """Neighbours with as many positions in a row, together as long as they make no more than `most` logits' rows."""
+    run: list[_Block] = []
+    for block in blocks:
+        rows, positions = sum(len(each.ids) for each in run) + len(block.ids), block.ids.shape[1]
+        if run and (run[0].ids.shape[1] != positions or rows * positions > most):
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run
 
 
 def slices(rows: int, positions: int, most: int) -> Iterator[tuple[slice, slice]]:
