@@ -52,7 +52,9 @@ def measure_policies(trial: Trial, count: int, run: Callable[[Trial], Outcome]) 
     if listed.error:
         raise EngineError(f"The hand-made policies could not be listed: {listed.error}")
     hand_made = [_measured(trial, options, run) for options in spread(listed.details["policies"], count)]
-    fastest = max(hand_made, key=lambda made: made.outcome.rate)
+    fastest = max(hand_made, key=lambda made: made.outcome.rate, default=None)
+    if fastest is None or fastest.outcome.error:
+        raise EngineError(f"No hand-made policy ran: {fastest.outcome.error if fastest else 'none fits the limit'}.")
     turns = [(_measured(trial, {}, run), _measured(trial, fastest.options, run)) for _ in range(TURNS)]
     return PolicyGrid(tuple(hand_made), tuple(best for _, best in turns), tuple(own for own, _ in turns))
 

@@ -26,15 +26,15 @@ ENGINES = {
     "roofline": ("machine_limits", "run"),
     "checkpoint": ("checkpoint_maker", "run"),
 }
-OWN = ("flexbatch", "policies", "roofline")
-"""Those that wait as `flexbatch run` does; peers as they would by themselves."""
+WAITING_SHORTLY = ("flexbatch", "policies", "roofline")
+"""Whose threads wait as those of `flexbatch run` do; a peer's as they would by themselves."""
 
 
 def main(arguments: Sequence[str]) -> int:
     engine, record, answer = arguments
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
-    if engine in OWN:
+    if engine in WAITING_SHORTLY:
         wait_shortly()
     trial = read_trial(Path(record))
     try:

@@ -6,9 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from flexbatch.bench.engines import hand_made, streaming
 from flexbatch.bench.policies import measure_policies, spread
 from flexbatch.bench.trial import Outcome, Prompts, Trial
+from flexbatch.errors import EngineError
 from tests.bench.support import tiny_trial
 
 PROMPTS = Prompts(tuple(tuple(range(5 + row, 29 + row)) for row in range(12)))
@@ -41,6 +44,17 @@ def test_the_automatic_policy_is_held_against_the_best_of_the_others(tmp_path: P
     assert [made.options["slots"] for made in grid.best] == [8, 8, 8]
     assert len(grid.automatic) == 3
     assert grid.reached == 95 / 80
+
+
+@pytest.mark.parametrize(("listed", "said"), [([], "none fits the limit"), ([{"slots": 1}], "out of memory")])
+def test_a_grid_without_a_policy_that_runs_says_why(listed: list[Any], said: str, tmp_path: Path) -> None:
+    def run(trial: Trial) -> Outcome:
+        if trial.engine == "policies":
+            return Outcome("policies", details={"policies": listed})
+        return Outcome(trial.engine, error="out of memory")
+
+    with pytest.raises(EngineError, match=said):
+        measure_policies(tiny_trial(tmp_path, "flexbatch", PROMPTS), 4, run)
 
 
 def test_a_choice_of_policies_is_spread_over_all() -> None:
