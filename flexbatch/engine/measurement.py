@@ -1,17 +1,20 @@
 """Measures the rates of a machine: products, attention, copies, links, the disk, and what a pass costs besides.
 
-Every figure is taken at the shapes of real work (a hidden size of 4096, heads of 128, weights that are not in a cache),
-as the best of a few rounds, because other processes only ever add time.
+Every figure is taken at the shapes of real work (a hidden size of 4096, heads of 128, weights that are not in a cache).
+All are measured in turn, several times over, and the median is kept: what other tenants of a machine take comes and
+goes within seconds, and a run meets it too, so the best of a few tries would promise too much.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,16 @@ from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
+MANY_ROWS = 1024
 HIDDEN = 4096
-WIDTHS = (512, 1024, 2048, 4096)
+WIDTHS = (512, 1024, 2048)
 WIDTH_ROWS = 160
 WIDTH_BYTES = 128 << 20
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
+TOUCH_BYTES = 128 << 20
+ROUNDS = 3
 
 
 def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
@@ -41,24 +47,36 @@ def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
 
     `disk_folder` must exist; up to 1.5 GiB are written there for a moment.
     """
-    read, write, read_cpu = _disk(disk_folder)
-    to_device, to_host = _links(device)
-    besides = rehearse(device, disk_folder)
+    with tempfile.TemporaryDirectory(dir=disk_folder, prefix="flexbatch-measure-") as made:
+        file = Path(made) / "block"
+        written = _write(file)
+        rounds = [_round(device, file) for _ in range(ROUNDS)]
     return {
         "name": "this machine",
         "device": device.type,
         "cores": core_count(),
-        "gemm": {kind: dict(curve) for kind, curve in _gemm_curves(device)},
+        "disk_write": written,
+        **medians(rounds),
+    }
+
+
+def _round(device: torch.device, file: Path) -> dict[str, Any]:
+    """Every rate once. `file` is read."""
+    read, read_cpu = _read_rate(device, file)
+    besides = rehearse(device, file.parent)
+    cpu = torch.device("cpu")
+    return {
+        "gemm": dict(_gemm_curves(device)),
         "gemm_width": _width_factors(device),
         "activation_numbers": besides.activation_numbers,
         "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
-        "host_attention_bytes": _decode_attention(torch.device("cpu")),
-        "memory_copy": _copy_rate(torch.device("cpu"), torch.device("cpu")),
+        "host_attention_bytes": _decode_attention(cpu),
+        "memory_copy": _copy_rate(cpu, cpu),
+        "memory_touch": _touch_rate(),
         "disk_read": read,
-        "disk_write": write,
-        "host_to_device": to_device,
-        "device_to_host": to_host,
+        "host_to_device": _copy_rate(cpu, device),
+        "device_to_host": _copy_rate(device, cpu),
         "dequantize_numbers": _dequantise_rate(device),
         "read_cpu_seconds": read_cpu,
         "layer_call_seconds": besides.layer_seconds,
@@ -66,81 +84,102 @@ def measure_rates(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     }
 
 
+def medians(rounds: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """The median of each figure, figures of figures too."""
+    return {
+        key: medians([each[key] for each in rounds])
+        if isinstance(value, Mapping)
+        else statistics.median(each[key] for each in rounds)
+        for key, value in rounds[0].items()
+    }
+
+
 def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, *, rounds: int = 5, at_least: float = 0.02) -> float:
-    """Least seconds of one call, after one call to warm up; short calls are repeated within a round."""
+def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
+    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up."""
 
-    def wait() -> None:
+    def calls(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / count
 
-    def once(times: int) -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            work()
-        wait()
-        return (time.perf_counter() - started) / times
-
-    once(1)
-    first = once(1)
-    times = max(1, min(1000, int(at_least / max(first, 1e-7))))
-    return min(once(times) for _ in range(rounds if first < 0.2 else 2))
+    calls(1)
+    first = calls(1)
+    count = math.ceil(at_least / max(first, 1e-6))
+    return first if count <= 1 else calls(min(count, 10_000))
 
 
 def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]:
     kinds = [torch.float32, torch.bfloat16, torch.float16]
     for dtype in kinds if device.type != "cpu" else kinds[:2]:
-        yield _name(dtype), {rows: _gemm_rate(device, dtype, rows) for rows in ROWS}
+        yield _name(dtype), _gemm_curve(device, dtype)
     if device.type == "cpu":
-        yield "int8", {rows: _int8_rate(rows) for rows in ROWS}
+        yield "int8", _int8_curve()
 
 
 @torch.inference_mode()
-def _gemm_rate(device: torch.device, dtype: torch.dtype, rows: int) -> float:
-    """FLOP/s of a linear layer whose weights come from memory: several matrices in turn, larger than a cache."""
-    count = 4 if rows <= 64 else 2
-    weights = [torch.randn(HIDDEN, HIDDEN, dtype=dtype, device=device) for _ in range(count)]
-    inputs = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
+def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+    """FLOP/s of a linear layer by rows. Its weights come from memory: two matrices in turn, larger than a cache."""
+    weights = [_numbers(HIDDEN, HIDDEN, dtype, device) for _ in range(2)]
+    rates = {}
+    for rows in ROWS:
+        in_turn = weights[: 1 if rows >= MANY_ROWS else 2]  # with many rows it does not matter where weights come from
+        work = partial(_linears, _numbers(rows, HIDDEN, dtype, device), in_turn)
+        rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(in_turn) / seconds_of(work, device)
+    return rates
 
-    seconds = seconds_of(partial(_linears, inputs, weights), device, rounds=3)
-    return 2.0 * rows * HIDDEN * HIDDEN * count / seconds
+
+@torch.inference_mode()
+def _int8_curve() -> dict[int, float]:
+    """The same of the engine's own 8-bit linear layer, its weights laid as they are kept, rounding of the activations
+    included."""
+    cpu = torch.device("cpu")
+    weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8).t() for _ in range(4)]
+    scale = torch.ones(HIDDEN)
+    rates = {}
+    for rows in ROWS:
+        inputs = _numbers(rows, HIDDEN, torch.bfloat16, cpu)
+        seconds = seconds_of(lambda inputs=inputs: [int8_linear(inputs, each, scale) for each in weights], cpu)  # type: ignore[misc]
+        rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds
+    return rates
 
 
 @torch.inference_mode()
 def _width_factors(device: torch.device) -> dict[int, float]:
-    """A linear layer's rate at several hidden sizes, as a part of its rate at the largest: for the rows of an ordinary
-    pass, and weights that come from memory."""
-    rates = {}
+    """A linear layer's rate at several hidden sizes, as a part of its rate at `HIDDEN` right before: for the rows of an
+    ordinary pass, and weights that come from memory."""
+    full, full_flop = _wide(HIDDEN, device)
+    factors = {HIDDEN: 1.0}
     for width in WIDTHS:
-        count = max(1, WIDTH_BYTES // (8 * width * width))
-        weights = [torch.randn(4 * width, width, dtype=_half(device), device=device) for _ in range(count)]
-        inputs = torch.randn(WIDTH_ROWS, width, dtype=_half(device), device=device)
-        seconds = seconds_of(partial(_linears, inputs, weights), device, rounds=9)
-        rates[width] = 2.0 * inputs.numel() * 4 * width * count / seconds
-    return {width: min(1.0, rate / rates[HIDDEN]) for width, rate in rates.items()}
+        work, flop = _wide(width, device)
+        factors[width] = statistics.median(
+            (flop / full_flop) * seconds_of(full, device) / seconds_of(work, device) for _ in range(3)
+        )
+    return factors
+
+
+def _wide(width: int, device: torch.device) -> tuple[Callable[[], None], float]:
+    """Products with matrices of this width, and their FLOP."""
+    count = max(1, WIDTH_BYTES // (8 * width * width))
+    weights = [_numbers(4 * width, width, _half(device), device) for _ in range(count)]
+    return partial(_linears, _numbers(WIDTH_ROWS, width, _half(device), device), weights), 8.0 * count * width * width
+
+
+def _numbers(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random ones, but for a repetition that arithmetic does not see."""
+    few = torch.randn(min(rows, 64), columns, dtype=dtype, device=device)
+    return few.repeat(-(-rows // len(few)), 1)[:rows]
 
 
 def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     for weight in weights:
         functional.linear(inputs, weight)
-
-
-@torch.inference_mode()
-def _int8_rate(rows: int) -> float:
-    """FLOP/s of the engine's own 8-bit linear layer, its weights laid as they are kept, rounding of the activations
-    included."""
-    weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8).t() for _ in range(2)]
-    scale = torch.ones(HIDDEN)
-    inputs = torch.randn(rows, HIDDEN, dtype=torch.bfloat16)
-
-    def work() -> None:
-        for weight in weights:
-            int8_linear(inputs, weight, scale)
-
-    return 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds_of(work, torch.device("cpu"), rounds=3)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -192,9 +231,11 @@ def _copy_rate(source: torch.device, target: torch.device) -> float:
     return nbytes / seconds_of(lambda: made[1].copy_(made[0], non_blocking=True), watched)
 
 
-def _links(device: torch.device) -> tuple[float, float]:
-    cpu = torch.device("cpu")
-    return _copy_rate(cpu, device), _copy_rate(device, cpu)
+def _touch_rate() -> float:
+    """Bytes of main memory per second that the kernel finds and clears when they are used for the first time."""
+    started = time.perf_counter()
+    AlignedBuffer(TOUCH_BYTES).tensor.zero_()
+    return TOUCH_BYTES / (time.perf_counter() - started)
 
 
 @torch.inference_mode()
@@ -205,32 +246,31 @@ def _dequantise_rate(device: torch.device) -> float:
     return out.numel() / seconds_of(partial(dequantize, packed, out), device)
 
 
-def _disk(folder: Path) -> tuple[float, float, float]:
-    """Bytes per second read (several threads, past the page cache) and written (to the medium), core-seconds per byte
-    read."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="flexbatch-measure-") as made:
-        file = Path(made) / "block"
-        seconds = 0.0
-        with file.open("wb") as stream:
-            for _ in range(min(FILE_BYTES, shutil.disk_usage(folder).free // 4) // READ_BYTES):
-                block = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
-                started = time.perf_counter()
-                stream.write(block)
-                seconds += time.perf_counter() - started
+def _write(file: Path) -> float:
+    """Bytes per second written to the medium, as `file`."""
+    seconds = 0.0
+    with file.open("wb") as stream:
+        for _ in range(min(FILE_BYTES, shutil.disk_usage(file.parent).free // 4) // READ_BYTES):
+            block = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
             started = time.perf_counter()
-            stream.flush()
-            os.fsync(stream.fileno())
+            stream.write(block)
             seconds += time.perf_counter() - started
-        nbytes = file.stat().st_size
-        written = nbytes / seconds
-        seconds, processor = _read_all(file, nbytes)
-    return nbytes / seconds, written, processor / nbytes
+        started = time.perf_counter()
+        stream.flush()
+        os.fsync(stream.fileno())
+        seconds += time.perf_counter() - started
+    return file.stat().st_size / seconds
 
 
-def _read_all(file: Path, nbytes: int) -> tuple[float, float]:
-    """Wall seconds and summed core-seconds of reading the file with several threads into reused buffers."""
-    reader = DirectReader()
+@torch.inference_mode()
+def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
+    """Bytes per second of reading the file past the page cache with several threads into reused buffers, beside
+    products where those run on the same processor; and the core-seconds that one byte takes, from those products too.
+    """
+    nbytes, reader = file.stat().st_size, DirectReader()
     buffers = [AlignedBuffer(READ_BYTES + (1 << 16)) for _ in range(READ_THREADS)]
+    for buffer in buffers:
+        buffer.tensor.zero_()
     cpu = [0.0] * READ_THREADS
 
     def read(thread: int) -> None:
@@ -239,14 +279,22 @@ def _read_all(file: Path, nbytes: int) -> tuple[float, float]:
             reader.read(file, offset, READ_BYTES, buffers[thread], 0)
         cpu[thread] = time.thread_time() - started
 
-    rounds = []
-    for _ in range(3):
-        threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rounds.append(time.perf_counter() - started)
+    products = partial(_linears, _numbers(WIDTH_ROWS, HIDDEN, _half(device), device), [_square(device)] * 2)
+    alone = seconds_of(products, device, at_least=0.3)
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
+    started, count = time.perf_counter(), 0
+    for thread in threads:
+        thread.start()
+    while device.type == "cpu" and any(thread.is_alive() for thread in threads):
+        products()
+        count += 1
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
     reader.close()
-    return sorted(rounds)[len(rounds) // 2], sum(cpu)
+    lost = (seconds - count * alone) * core_count() if count else 0.0
+    return nbytes / seconds, max(lost, sum(cpu)) / nbytes
+
+
+def _square(device: torch.device) -> torch.Tensor:
+    return _numbers(HIDDEN, HIDDEN, _half(device), device)

@@ -6,7 +6,7 @@ After FlexGen (arXiv 2303.06865, section 4.3), for a different schedule: see doc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -15,6 +15,7 @@ from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
     held_weights,
+    kv_bytes,
     needs,
     number_bytes,
     peak_bytes,
@@ -90,7 +91,9 @@ def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     totals = _Totals()
     for load, count in plan.loads.items():
         totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))
-    return totals.prediction(plan, shown, policy, needs(spec, hardware, workload, policy))
+    items = needs(spec, hardware, workload, policy)
+    totals.add(list(first_terms(hardware, policy, items)), 1, 1)
+    return totals.prediction(plan, shown, policy, items)
 
 
 def pass_seconds(terms: Mapping[Resource, float]) -> float:
@@ -116,6 +119,13 @@ def pass_terms(
         *kv_terms(spec, hardware, workload, policy, load),
         *overhead_terms(spec, hardware, workload, policy, load),
     ]
+
+
+def first_terms(hardware: HardwareProfile, policy: Policy, items: Iterable[Need]) -> Iterator[Term]:
+    """What happens once: main memory is found and cleared as the cache fills for the first time."""
+    if not hardware.has_accelerator:
+        cache = kv_bytes(items) * (1.0 - policy.kv.disk)
+        yield Term("cache touched first", Resource.COMPUTE, cache / hardware.memory_touch, cache, "bytes")
 
 
 def prefill_terms(

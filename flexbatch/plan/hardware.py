@@ -31,10 +31,12 @@ class HardwareProfile:
     `gemm_width` says what part of it is left at other hidden sizes. `activation_numbers` per second pass through what
     lies between the products (norms, residuals, activation functions, copies).
     `attention_flops` is the prefill attention's rate in FLOP/s, `attention_bytes` the KV bytes per second that decode
-    attention reads on the device, `host_attention_bytes` the same by the CPU in main memory. `dequantize_numbers` are
-    packed numbers expanded per second. `read_cpu_seconds` is processor time for one byte read from disk, which a CPU
-    device takes away from its arithmetic. `layer_call_seconds` is what calling one layer costs besides its arithmetic,
-    `pass_seconds` what one pass costs besides its layers. `process_bytes` is device memory in use before any weight.
+    attention reads on the device, `host_attention_bytes` the same by the CPU in main memory. `memory_touch` is how fast
+    main memory is found and cleared when it is first used. `dequantize_numbers` are packed numbers expanded per second.
+    `read_cpu_seconds` is processor time for one byte read from disk, which a CPU device takes away from its arithmetic
+    (what reading does to the caches included). `layer_call_seconds` is what one layer costs besides what the other
+    terms count, `pass_seconds` what one pass costs besides its layers. `process_bytes` is device memory in use before
+    any weight.
     """
 
     name: str
@@ -50,6 +52,7 @@ class HardwareProfile:
     attention_bytes: float
     host_attention_bytes: float
     memory_copy: float
+    memory_touch: float
     disk_read: float
     disk_write: float
     host_to_device: float

@@ -9,7 +9,7 @@ from dataclasses import replace
 from flexbatch.config import OffloadConfig, parse_bytes
 from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.plan.admission import EVEN
-from flexbatch.plan.cost_model import Prediction, by_resource, pass_seconds, pass_terms, predict
+from flexbatch.plan.cost_model import Prediction, by_resource, first_terms, pass_seconds, pass_terms, predict
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes, limits_of
 from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes, tied_bytes
@@ -183,15 +183,18 @@ def _ranked(
             passes = _kinds_of_passes(shown, policy)
             still = replace(policy, weights=ALL_DEVICE)
             loads = ((count, by_resource(pass_terms(spec, hardware, shown, still, load))) for load, count in passes)
-            bound = sum(count * pass_seconds(resources) for count, resources in loads)
-            bounded.append((bound, policy, Problem(spec, hardware, shown, limits, passes)))
+            items = needs(spec, hardware, workload, still)
+            first = sum(term.seconds for term in first_terms(hardware, still, items))
+            bound = first + sum(count * pass_seconds(resources) for count, resources in loads)
+            bounded.append((bound, first, policy, Problem(spec, hardware, shown, limits, passes)))
     # Attention in main memory is for a cache that is there, and as it was computed.
     ranked: list[tuple[float, Policy]] = []
-    for bound, policy, problem in sorted(bounded, key=lambda each: each[0]):
+    for bound, first, policy, problem in sorted(bounded, key=lambda each: each[0]):
         if bound > best:
             break
         for host_attention in (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,):
-            ranked += best_shares(problem, replace(policy, host_attention=host_attention))
+            shared = best_shares(problem, replace(policy, host_attention=host_attention))
+            ranked += [(first + seconds, made) for seconds, made in shared]
         best = min([best, *(seconds for seconds, _ in ranked)])
     return sorted(ranked, key=_seconds)
 

@@ -60,11 +60,16 @@ def test_a_device_that_is_not_there_is_named() -> None:
         check_device(torch.device("mps") if torch.cuda.is_available() else torch.device("cuda:0"))
 
 
+def test_of_several_measurements_each_figure_is_the_middle_one() -> None:
+    rounds = [{"disk": disk, "gemm": {16: disk * 2.0}} for disk in (9.0, 1.0, 3.0)]
+    assert measurement.medians(rounds) == {"disk": 3.0, "gemm": {16: 6.0}}
+
+
 @pytest.mark.slow
 def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "HIDDEN": 1024, "WIDTHS": (512, 1024)}
+    smaller = {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "HIDDEN": 1024, "WIDTHS": (256, 512)}
     for name, fewer in smaller.items():
         monkeypatch.setattr(measurement, name, fewer)
     disk, cache = tmp_path / "disk", tmp_path / "cache"
