@@ -1,0 +1,86 @@
+"""Shares rounded to what can be placed, by exact byte counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.limits import Limits
+from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes, tied_bytes
+from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.workload import Workload
+
+NOTHING_RESIDENT = Shares(0.0, 0.0)
+
+
+def fits(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
+    return limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None
+
+
+def may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
+    """Whether the policy's activations alone stay inside the device: cheap, before a linear program is set up."""
+    away = replace(policy, weights=NOTHING_RESIDENT, kv=NOTHING_RESIDENT)
+    return peak_bytes(needs(spec, hardware, workload, away))[Tier.DEVICE] <= limits.device or (
+        peak_bytes(needs(spec, hardware, workload, replace(policy, weights=NOTHING_RESIDENT)))[Tier.DEVICE]
+        <= limits.device
+    )
+
+
+def fitted(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits
+) -> Policy | None:
+    """The policy rounded to what can be placed: weights, then KV, leave a tier that is too full until the exact bytes
+    fit."""
+    total = streamable_bytes(spec, policy)
+    tied = tied_bytes(spec, policy) / total
+    if 0.0 < policy.weights.device < tied:
+        policy = replace(policy, weights=Shares(tied, min(policy.weights.host, 1.0 - tied)))
+    for _ in range(12):
+        items = needs(spec, hardware, workload, policy)
+        peak = peak_bytes(items)
+        tier = limits.exceeded(peak)
+        if tier is None:
+            return policy
+        excess = peak[tier] - limits.of(tier)
+        # Tied weights stay as long as they can: without them the stream needs room for them.
+        least = tied if policy.weights.device > tied * (1.0 + 1e-9) else 0.0
+        weights = _moved(policy.weights, tier, excess / total + 1e-4, least)
+        if weights is not None and weights.device < tied:
+            weights = replace(weights, device=0.0)
+        kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
+        if weights is not None:
+            policy = replace(policy, weights=weights)
+        elif kv is not None and hardware.has_accelerator and not policy.host_attention:
+            policy = replace(policy, kv=kv)
+        else:
+            return None
+    return None
+
+
+def filled(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> Policy:
+    """What room is left on the device, used: first for KV that is on disk, then for weights."""
+    for kind in ("kv", "weights"):
+        shares: Shares = getattr(policy, kind)
+        if shares.disk <= 0:
+            continue
+        items = needs(spec, hardware, workload, policy)
+        total = streamable_bytes(spec, policy) if kind == "weights" else kv_bytes(items)
+        room = (limits.device - peak_bytes(items)[Tier.DEVICE]) / max(1, total)
+        for part in (1.0, 0.7, 0.4):
+            more = min(shares.disk, room * part)
+            grown = Shares(1.0, 0.0) if shares.device + more > 1 - 1e-9 else Shares(shares.device + more, shares.host)
+            tried = replace(policy, weights=grown) if kind == "weights" else replace(policy, kv=grown)
+            if more > 1e-3 and limits.exceeded(peak_bytes(needs(spec, hardware, workload, tried))) is None:
+                policy = tried
+                break
+    return policy
+
+
+def _moved(shares: Shares, tier: Tier, excess: float, least: float) -> Shares | None:
+    """`excess` away from `tier` towards the disk, `least` staying on the device; None where no more can go."""
+    if tier is Tier.DEVICE and shares.device > least:
+        return Shares(max(least, shares.device - excess), shares.host)
+    if tier is Tier.HOST and shares.host > 0:
+        return Shares(shares.device, max(0.0, shares.host - excess))
+    return None
