@@ -32,9 +32,7 @@ from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 MANY_ROWS = 1024
 HIDDEN = 4096
-WIDTHS = (512, 1024, 2048)
-WIDTH_ROWS = 160
-WIDTH_BYTES = 128 << 20
+WIDTH_ROWS = 256
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
@@ -65,9 +63,10 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
     read, read_cpu = _read_rate(device, file)
     besides = rehearse(device, file.parent)
     cpu = torch.device("cpu")
+    gemm = dict(_gemm_curves(device))
     return {
-        "gemm": dict(_gemm_curves(device)),
-        "gemm_width": _width_factors(device),
+        "gemm": gemm,
+        "gemm_width": _width_factors(besides.products, gemm[_name(_half(device))][WIDTH_ROWS]),
         "activation_numbers": besides.activation_numbers,
         "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
@@ -150,25 +149,15 @@ def _int8_curve() -> dict[int, float]:
     return rates
 
 
-@torch.inference_mode()
-def _width_factors(device: torch.device) -> dict[int, float]:
-    """A linear layer's rate at several hidden sizes, as a part of its rate at `HIDDEN` right before: for the rows of an
-    ordinary pass, and weights that come from memory."""
-    full, full_flop = _wide(HIDDEN, device)
-    factors = {HIDDEN: 1.0}
-    for width in WIDTHS:
-        work, flop = _wide(width, device)
-        factors[width] = statistics.median(
-            (flop / full_flop) * seconds_of(full, device) / seconds_of(work, device) for _ in range(3)
-        )
+def _width_factors(products: Mapping[int, float], square: float) -> dict[int, float]:
+    """Rates of products by hidden size as parts of `square`, the rate of `HIDDEN`'s by themselves. What is lost at the
+    largest of the sizes is halved with every doubling: it goes with the results, not with the products."""
+    factors = {width: rate / square for width, rate in products.items()}
+    width, lost = max(factors), max(0.0, 1.0 / factors[max(factors)] - 1.0)
+    while width < HIDDEN:
+        width, lost = 2 * width, lost / 2
+        factors[width] = 1.0 / (1.0 + lost)
     return factors
-
-
-def _wide(width: int, device: torch.device) -> tuple[Callable[[], None], float]:
-    """Products with matrices of this width, and their FLOP."""
-    count = max(1, WIDTH_BYTES // (8 * width * width))
-    weights = [_numbers(4 * width, width, _half(device), device) for _ in range(count)]
-    return partial(_linears, _numbers(WIDTH_ROWS, width, _half(device), device), weights), 8.0 * count * width * width
 
 
 def _numbers(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

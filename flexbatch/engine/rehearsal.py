@@ -1,15 +1,16 @@
-"""What a pass costs besides its matrix products: the engine itself is run on a small model whose products are left out.
+"""What a pass costs, seen on the engine itself: small models are run with their matrix products and without.
 
-Calls into the layers, copies into the KV arena, norms, residuals, activation functions, and the memory that each of
-them has to find for its result: timed one by one they take a quarter of what they take in a pass, and as a difference
-between a pass and its products they are mostly noise.
+Without them a pass is what surrounds the products: calls into the layers, copies into the KV arena, norms, residuals,
+activation functions, and the memory that each of them has to find for its result. Timed one by one these take a quarter
+of what they take in a pass. What the products add to it is their time in a pass, with their biases, and with threads
+that have to be woken for each of them: up to a quarter more than in a loop of nothing else.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -39,30 +40,40 @@ from flexbatch.records import Request, Sampling
 JOINING, PROMPT = 16, 16
 TOKENS = JOINING * PROMPT + JOINING
 HEAD = 64
-NARROW, WIDE = 64, 2048
-SHALLOW, DEEP = 2, 8
-WARMING, TIMED = 5, 21
+NARROW, SHALLOW, DEEP = 64, 2, 8
+LAYERS = {512: 4, 1024: 2, 2048: 1}
+"""Layers of the model of each width that is run with and without its products: 25 to 100 MB of weights."""
+
+WARMING, TIMED = 4, 11
 ROOM = 1 << 40
+DEVIATION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class BesidesProducts:
+class Rehearsal:
     """Seconds of a call into one layer and of a pass outside its layers; numbers that a layer's norms, residuals,
-    copies and activation function take in per second, as `layer_activations` counts them."""
+    copies and activation function take in per second, as `layer_activations` counts them; FLOP/s of the products of
+    `TOKENS` rows by hidden size."""
 
     layer_seconds: float
     pass_seconds: float
     activation_numbers: float
+    products: Mapping[int, float]
 
 
-def rehearse(device: torch.device, folder: Path) -> BesidesProducts:
-    """Some hundred passes of a small model on `device`. `folder` takes a small file for a moment."""
-    shallow, deep = (_pass_seconds(device, folder, NARROW, layers) for layers in (SHALLOW, DEEP))
+def rehearse(device: torch.device, folder: Path) -> Rehearsal:
+    """Some hundred passes of small models on `device`. `folder` takes their weights for a moment, up to 100 MB."""
+    shallow, deep = (_pass_seconds(device, folder, NARROW, layers, products=False) for layers in (SHALLOW, DEEP))
     layer = max(1e-6, (deep - shallow) / (DEEP - SHALLOW))
     outside = max(1e-6, shallow - SHALLOW * layer)
-    wide = max(1e-6, _pass_seconds(device, folder, WIDE, SHALLOW) - shallow)
-    more = layer_activations(WIDE, 4 * WIDE) - layer_activations(NARROW, 4 * NARROW)
-    return BesidesProducts(layer, outside, TOKENS * SHALLOW * more / wide)
+    rates = {}
+    for width, layers in LAYERS.items():
+        without, whole = (_pass_seconds(device, folder, width, layers, products=kept) for kept in (False, True))
+        # Four square matrices, and two that are four times as large.
+        rates[width] = 2.0 * TOKENS * layers * 12 * width * width / max(1e-6, whole - without)
+    more = _pass_seconds(device, folder, width, DEEP, products=False) - without
+    surrounding = max(1e-6, more / (DEEP - layers) - layer)
+    return Rehearsal(layer, outside, TOKENS * layer_activations(width, 4 * width) / surrounding, rates)
 
 
 class WithoutProduct(nn.Module):
@@ -83,10 +94,13 @@ class _NoText:
         return ""
 
 
-def _pass_seconds(device: torch.device, folder: Path, width: int, layers: int) -> float:
-    """The median pass of such a model."""
+def _pass_seconds(device: torch.device, folder: Path, width: int, layers: int, *, products: bool) -> float:
+    """The median pass of such a model, with its products or without."""
+    stepped = _model(device, width, layers)
+    if not products:
+        leave_out_products(stepped)
     with tempfile.TemporaryDirectory(dir=folder, prefix="flexbatch-rehearse-") as made:
-        engine = _open(device, Path(made), width, layers)
+        engine = _open(device, Path(made), stepped)
         try:
             passes = islice(engine.run(_requests()), WARMING, WARMING + TIMED)
             return statistics.median(result.seconds for result in passes)
@@ -99,7 +113,7 @@ def _requests() -> Iterator[Request]:
         yield Request(index, tuple(range(PROMPT)), Sampling(max_new_tokens=2))
 
 
-def _open(device: torch.device, folder: Path, width: int, layers: int) -> Engine:
+def _model(device: torch.device, width: int, layers: int) -> SteppedModel:
     config = AutoConfig.for_model(
         "opt",
         num_hidden_layers=layers,
@@ -109,19 +123,28 @@ def _open(device: torch.device, folder: Path, width: int, layers: int) -> Engine
         num_attention_heads=max(1, width // HEAD),
         word_embed_proj_dim=width,
     )
-    stepped = build(config, torch.float16 if device.type == "cuda" else torch.bfloat16)
-    leave_out_products(stepped)
-    parameters = {name: torch.zeros(each.shape, dtype=each.dtype) for name, each in stepped.model.named_parameters()}
-    save_file(parameters, folder / "model.safetensors")
+    return build(config, torch.float16 if device.type == "cuda" else torch.bfloat16)
+
+
+def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:
+    """An engine for the model, its weights random and resident."""
+    names = dict(stepped.model.named_parameters())
+    save_file({name: _values(each) for name, each in names.items()}, folder / "model.safetensors")
     entries, _ = read_header(folder / "model.safetensors")
     storage = Storage(device, {tier: TierBudget(tier, ROOM) for tier in Tier}, folder)
     sources = map_checkpoint(stepped.model, entries, str(folder))
     weights = Weights(stepped, sources, ALL_DEVICE, storage, StreamOptions(BufferedReader()))
     install_stops(stepped, None, lambda: None)
     slots, span = 2 * JOINING, PROMPT + 2
-    arena = KVArena(place_slots(layers, slots, ALL_DEVICE), slots, span, column_slack(span), storage)
+    arena = KVArena(place_slots(stepped.num_layers, slots, ALL_DEVICE), slots, span, column_slack(span), storage)
     vocabulary = Vocabulary(_NoText(), frozenset())
     return Engine(stepped, weights, arena, storage, vocabulary, prefill_tokens=JOINING * PROMPT, share_prefixes=False)
+
+
+def _values(parameter: torch.Tensor) -> torch.Tensor:
+    """Random values of a parameter's shape, in rows that repeat, which arithmetic does not see."""
+    few = torch.randn(min(64, len(parameter)), *parameter.shape[1:], dtype=parameter.dtype) * DEVIATION
+    return few.repeat(-(-len(parameter) // len(few)), *(1 for _ in parameter.shape[1:]))[: len(parameter)].contiguous()
 
 
 def leave_out_products(stepped: SteppedModel) -> None:

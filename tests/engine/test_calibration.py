@@ -69,7 +69,7 @@ def test_of_several_measurements_each_figure_is_the_middle_one() -> None:
 def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "HIDDEN": 1024, "WIDTHS": (256, 512)}
+    smaller = {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "HIDDEN": 1024}
     for name, fewer in smaller.items():
         monkeypatch.setattr(measurement, name, fewer)
     disk, cache = tmp_path / "disk", tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""What a pass costs besides its products is measured on the engine itself, with the products left out."""
+"""What a pass costs is measured on the engine itself, with products and without."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ def test_a_rehearsal_gives_possible_figures_and_leaves_nothing_behind(tmp_path: 
     assert 1e-6 < made.layer_seconds < 0.1
     assert 1e-6 <= made.pass_seconds < 0.1
     assert 1e7 < made.activation_numbers < 1e12
+    assert all(1e8 < rate < 1e16 for rate in made.products.values())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pass_of_the_rehearsal_joins_and_decodes_as_many_tokens_as_the_rate_is_taken_of(tmp_path: Path) -> None:
-    engine = rehearsal._open(CPU, tmp_path, rehearsal.NARROW, rehearsal.SHALLOW)
+    engine = rehearsal._open(CPU, tmp_path, rehearsal._model(CPU, rehearsal.NARROW, rehearsal.SHALLOW))
     passes = engine.run(rehearsal._requests())
     for _ in range(rehearsal.WARMING):
         made = next(passes)
