@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from flexbatch.engine.attention import attend
-from flexbatch.engine.rehearsal import rehearse
+from flexbatch.engine.rehearsal import random_values, rehearse
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
@@ -125,11 +125,11 @@ def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]
 @torch.inference_mode()
 def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     """FLOP/s of a linear layer by rows. Its weights come from memory: two matrices in turn, larger than a cache."""
-    weights = [_numbers(HIDDEN, HIDDEN, dtype, device) for _ in range(2)]
+    weights = [random_values((HIDDEN, HIDDEN), dtype, device) for _ in range(2)]
     rates = {}
     for rows in ROWS:
         in_turn = weights[: 1 if rows >= MANY_ROWS else 2]  # with many rows it does not matter where weights come from
-        work = partial(_linears, _numbers(rows, HIDDEN, dtype, device), in_turn)
+        work = partial(_linears, random_values((rows, HIDDEN), dtype, device), in_turn)
         rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(in_turn) / seconds_of(work, device)
     return rates
 
@@ -143,7 +143,7 @@ def _int8_curve() -> dict[int, float]:
     scale = torch.ones(HIDDEN)
     rates = {}
     for rows in ROWS:
-        inputs = _numbers(rows, HIDDEN, torch.bfloat16, cpu)
+        inputs = random_values((rows, HIDDEN), torch.bfloat16, cpu)
         seconds = seconds_of(lambda inputs=inputs: [int8_linear(inputs, each, scale) for each in weights], cpu)  # type: ignore[misc]
         rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds
     return rates
@@ -152,18 +152,12 @@ def _int8_curve() -> dict[int, float]:
 def _width_factors(products: Mapping[int, float], square: float) -> dict[int, float]:
     """Rates of products by hidden size as parts of `square`, the rate of `HIDDEN`'s by themselves. What is lost at the
     largest of the sizes is halved with every doubling: it goes with the results, not with the products."""
-    factors = {width: rate / square for width, rate in products.items()}
-    width, lost = max(factors), max(0.0, 1.0 / factors[max(factors)] - 1.0)
+    factors = {width: min(1.0, rate / square) for width, rate in products.items()}
+    width, lost = max(factors), 1.0 / factors[max(factors)] - 1.0
     while width < HIDDEN:
         width, lost = 2 * width, lost / 2
         factors[width] = 1.0 / (1.0 + lost)
     return factors
-
-
-def _numbers(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Random ones, but for a repetition that arithmetic does not see."""
-    few = torch.randn(min(rows, 64), columns, dtype=dtype, device=device)
-    return few.repeat(-(-rows // len(few)), 1)[:rows]
 
 
 def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
@@ -268,7 +262,7 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
             reader.read(file, offset, READ_BYTES, buffers[thread], 0)
         cpu[thread] = time.thread_time() - started
 
-    products = partial(_linears, _numbers(WIDTH_ROWS, HIDDEN, _half(device), device), [_square(device)] * 2)
+    products = partial(_linears, random_values((WIDTH_ROWS, HIDDEN), _half(device), device), [_square(device)] * 2)
     alone = seconds_of(products, device, at_least=0.3)
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started, count = time.perf_counter(), 0
@@ -286,4 +280,4 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
 
 
 def _square(device: torch.device) -> torch.Tensor:
-    return _numbers(HIDDEN, HIDDEN, _half(device), device)
+    return random_values((HIDDEN, HIDDEN), _half(device), device)

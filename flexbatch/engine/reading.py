@@ -24,23 +24,20 @@ def choose_tokens(
     _positions: slice,
 ) -> list[Chosen]:
     """The next token of those of `rows` that are in `part` and there, from its logits, float32
-    `[part, 1, vocabulary]`."""
+    `[part, 1, vocabulary]`, which may be changed."""
     there = [(index, row) for index, row in enumerate(rows[part]) if row is not None]
     if not there:
         return []
     own = logits[:, -1] if len(there) == len(logits) else logits[[index for index, _ in there], -1]
     samplings = [row.request.sampling for _, row in there]
-    allowed = own
+    wanted = any(sampling.logprobs for sampling in samplings)
+    allowed = own.clone() if wanted else own  # probabilities are those of the model, whatever is allowed
     for index, (_, row) in enumerate(there):
-        mask = forbidden(row, end_tokens, own.shape[-1])
-        if mask is not None:
-            allowed = own.clone() if allowed is own else allowed
-            allowed[index].masked_fill_(mask.to(own.device), -torch.inf)
+        forbid(allowed[index], row, end_tokens)
     tokens = choose(allowed, samplings, [len(row.tokens) for _, row in there])
     for index, (_, row) in enumerate(there):
         if row.constraint is not None:
             tokens[index] = _with_room_to_end(row, row.constraint, allowed[index], int(tokens[index]))
-    wanted = any(sampling.logprobs for sampling in samplings)
     logprobs = log_probabilities(own, tokens).tolist() if wanted else [0.0] * len(there)
     return list(zip(tokens.tolist(), logprobs, strict=True))
 
@@ -55,16 +52,17 @@ def _with_room_to_end(row: GrowingRow, constraint: ConstraintState, logits: torc
     return constraint.closing_token
 
 
-def forbidden(row: GrowingRow, end_tokens: Collection[int], vocabulary_size: int) -> torch.Tensor | None:
-    """bool `[vocabulary]`, true for tokens that may not come next (minimum length, constraint), or None."""
-    mask = None
+def forbid(logits: torch.Tensor, row: GrowingRow, end_tokens: Collection[int]) -> None:
+    """Makes tokens that may not come next (minimum length, constraint) impossible in `logits` `[vocabulary]`."""
+    vocabulary_size = len(logits)
     if row.constraint is not None:
-        mask = ~row.constraint.allowed()
-        mask = torch.nn.functional.pad(mask[:vocabulary_size], (0, max(0, vocabulary_size - len(mask))), value=True)
-    if len(row.tokens) < row.request.sampling.min_new_tokens and end_tokens:
-        mask = torch.zeros(vocabulary_size, dtype=torch.bool) if mask is None else mask.clone()
-        mask[[token for token in end_tokens if token < vocabulary_size]] = True
-    return mask
+        allowed = row.constraint.allowed()[:vocabulary_size].to(logits.device)
+        logits[: len(allowed)].masked_fill_(~allowed, -torch.inf)
+        logits[len(allowed) :] = -torch.inf
+    if len(row.tokens) < row.request.sampling.min_new_tokens:
+        for token in end_tokens:
+            if token < vocabulary_size:
+                logits[token] = -torch.inf
 
 
 Score = tuple[list[float], bool]

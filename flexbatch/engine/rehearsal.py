@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -66,14 +66,24 @@ def rehearse(device: torch.device, folder: Path) -> Rehearsal:
     shallow, deep = (_pass_seconds(device, folder, NARROW, layers, products=False) for layers in (SHALLOW, DEEP))
     layer = max(1e-6, (deep - shallow) / (DEEP - SHALLOW))
     outside = max(1e-6, shallow - SHALLOW * layer)
-    rates = {}
-    for width, layers in LAYERS.items():
-        without, whole = (_pass_seconds(device, folder, width, layers, products=kept) for kept in (False, True))
-        # Four square matrices, and two that are four times as large.
-        rates[width] = 2.0 * TOKENS * layers * 12 * width * width / max(1e-6, whole - without)
-    more = _pass_seconds(device, folder, width, DEEP, products=False) - without
-    surrounding = max(1e-6, more / (DEEP - layers) - layer)
-    return Rehearsal(layer, outside, TOKENS * layer_activations(width, 4 * width) / surrounding, rates)
+    without = {width: _pass_seconds(device, folder, width, LAYERS[width], products=False) for width in LAYERS}
+    whole = {width: _pass_seconds(device, folder, width, LAYERS[width], products=True) for width in LAYERS}
+    rates = {width: _product_flop(width) * LAYERS[width] / max(1e-6, whole[width] - without[width]) for width in LAYERS}
+    widest = max(LAYERS)
+    more = _pass_seconds(device, folder, widest, DEEP, products=False) - without[widest]
+    surrounding = max(1e-6, more / (DEEP - LAYERS[widest]) - layer)
+    return Rehearsal(layer, outside, TOKENS * layer_activations(widest, 4 * widest) / surrounding, rates)
+
+
+def random_values(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Normal numbers in rows that repeat, which arithmetic does not see: made in a moment."""
+    few = torch.randn(min(64, shape[0]), *shape[1:], dtype=dtype, device=device) * DEVIATION
+    return few.repeat(-(-shape[0] // len(few)), *(1 for _ in shape[1:]))[: shape[0]].contiguous()
+
+
+def _product_flop(width: int) -> float:
+    """Of one layer and `TOKENS` rows: four square matrices, and two that are four times as large."""
+    return 2.0 * TOKENS * 12 * width * width
 
 
 class WithoutProduct(nn.Module):
@@ -128,8 +138,10 @@ def _model(device: torch.device, width: int, layers: int) -> SteppedModel:
 
 def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:
     """An engine for the model, its weights random and resident."""
-    names = dict(stepped.model.named_parameters())
-    save_file({name: _values(each) for name, each in names.items()}, folder / "model.safetensors")
+    parameters = dict(stepped.model.named_parameters())
+    cpu = torch.device("cpu")
+    made = {name: random_values(each.shape, each.dtype, cpu) for name, each in parameters.items()}
+    save_file(made, folder / "model.safetensors")
     entries, _ = read_header(folder / "model.safetensors")
     storage = Storage(device, {tier: TierBudget(tier, ROOM) for tier in Tier}, folder)
     sources = map_checkpoint(stepped.model, entries, str(folder))
@@ -139,12 +151,6 @@ def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:
     arena = KVArena(place_slots(stepped.num_layers, slots, ALL_DEVICE), slots, span, column_slack(span), storage)
     vocabulary = Vocabulary(_NoText(), frozenset())
     return Engine(stepped, weights, arena, storage, vocabulary, prefill_tokens=JOINING * PROMPT, share_prefixes=False)
-
-
-def _values(parameter: torch.Tensor) -> torch.Tensor:
-    """Random values of a parameter's shape, in rows that repeat, which arithmetic does not see."""
-    few = torch.randn(min(64, len(parameter)), *parameter.shape[1:], dtype=parameter.dtype) * DEVIATION
-    return few.repeat(-(-len(parameter) // len(few)), *(1 for _ in parameter.shape[1:]))[: len(parameter)].contiguous()
 
 
 def leave_out_products(stepped: SteppedModel) -> None:

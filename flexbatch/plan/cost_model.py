@@ -14,8 +14,8 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
+    first_used_bytes,
     held_weights,
-    kv_bytes,
     needs,
     number_bytes,
     peak_bytes,
@@ -92,7 +92,7 @@ def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     for load, count in plan.loads.items():
         totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))
     items = needs(spec, hardware, workload, policy)
-    totals.add(list(first_terms(hardware, policy, items)), 1, 1)
+    totals.add(list(first_terms(hardware, items)), 1, 1)
     return totals.prediction(plan, shown, policy, items)
 
 
@@ -121,11 +121,11 @@ def pass_terms(
     ]
 
 
-def first_terms(hardware: HardwareProfile, policy: Policy, items: Iterable[Need]) -> Iterator[Term]:
-    """What happens once: main memory is found and cleared as the cache fills for the first time."""
+def first_terms(hardware: HardwareProfile, items: Iterable[Need]) -> Iterator[Term]:
+    """What happens once: main memory is found and cleared as the cache and the rest fill it for the first time."""
     if not hardware.has_accelerator:
-        cache = kv_bytes(items) * (1.0 - policy.kv.disk)
-        yield Term("cache touched first", Resource.COMPUTE, cache / hardware.memory_touch, cache, "bytes")
+        nbytes = first_used_bytes(items)
+        yield Term("memory touched first", Resource.COMPUTE, nbytes / hardware.memory_touch, nbytes, "bytes")
 
 
 def prefill_terms(

@@ -28,6 +28,9 @@ def logits_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
 
 
+_THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """One named use of a tier, in bytes."""
@@ -131,6 +134,11 @@ def peak_bytes(items: Iterable[Need]) -> dict[Tier, int]:
 def kv_bytes(items: Iterable[Need]) -> int:
     """Bytes of the KV cache on all tiers."""
     return sum(item.nbytes for item in items if item.what == "KV cache")
+
+
+def first_used_bytes(items: Iterable[Need]) -> int:
+    """Bytes of main memory that are used for the first time while the job runs: all but the process and its weights."""
+    return sum(item.nbytes for item in items if item.tier is not Tier.DISK and item.what not in _THERE_BEFORE)
 
 
 def _as_run(workload: Workload, policy: Policy) -> Workload:

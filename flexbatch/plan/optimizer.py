@@ -156,7 +156,7 @@ def _ranked(
             still = replace(policy, weights=ALL_DEVICE)
             loads = ((count, by_resource(pass_terms(spec, hardware, shown, still, load))) for load, count in passes)
             items = needs(spec, hardware, workload, still)
-            first = sum(term.seconds for term in first_terms(hardware, still, items))
+            first = sum(term.seconds for term in first_terms(hardware, items))
             bound = first + sum(count * pass_seconds(resources) for count, resources in loads)
             bounded.append((bound, first, policy, Problem(spec, hardware, shown, limits, passes)))
     # Attention in main memory is for a cache that is there, and as it was computed.
