@@ -98,7 +98,8 @@ def core_count() -> int:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up."""
+    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up (which does not
+    show in a long one)."""
 
     def calls(count: int) -> float:
         started = time.perf_counter()
@@ -108,8 +109,9 @@ def seconds_of(work: Callable[[], object], device: torch.device, at_least: float
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / count
 
-    calls(1)
     first = calls(1)
+    if first < 4 * at_least:
+        first = calls(1)
     count = math.ceil(at_least / max(first, 1e-6))
     return first if count <= 1 else calls(min(count, 10_000))
 
