@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from flexbatch.engine.attention import attend
-from flexbatch.engine.rehearsal import random_values, rehearse
+from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
@@ -66,7 +66,7 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
     gemm = dict(_gemm_curves(device))
     return {
         "gemm": gemm,
-        "gemm_width": _width_factors(besides.products, gemm[_name(_half(device))][WIDTH_ROWS]),
+        "gemm_width": _width_factors(besides.products, gemm[_name(half_type(device))][WIDTH_ROWS]),
         "activation_numbers": besides.activation_numbers,
         "attention_flops": _prefill_attention(device),
         "attention_bytes": _decode_attention(device),
@@ -171,15 +171,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _half(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
-
-
 @torch.inference_mode()
 def _prefill_attention(device: torch.device) -> float:
     """FLOP/s over all pairs of 512 positions, with a mask as padded prompts have one."""
     heads, length, size = 16, 512, 64
-    query, key, value = (torch.randn(1, heads, length, size, dtype=_half(device), device=device) for _ in range(3))
+    query, key, value = (torch.randn(1, heads, length, size, dtype=half_type(device), device=device) for _ in range(3))
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
     seconds = seconds_of(lambda: functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), device)
     return 4.0 * heads * length * length * size / seconds
@@ -189,7 +185,7 @@ def _prefill_attention(device: torch.device) -> float:
 def _decode_attention(device: torch.device) -> float:
     """KV bytes per second for one query per row, read through the arena's strides (a column range of longer rows)."""
     rows, heads, length, size = 8, 16, 512, 64
-    dtype = _half(device)
+    dtype = half_type(device)
     keys, values = (
         torch.randn(rows, heads, length + 160, size, dtype=dtype, device=device)[:, :, 80 : 80 + length]
         for _ in range(2)
@@ -227,7 +223,7 @@ def _touch_rate() -> float:
 def _dequantise_rate(device: torch.device) -> float:
     """Numbers per second from packed four bits to the compute type, as the engine expands a weight."""
     packed = quantize(torch.randn(HIDDEN, HIDDEN, device=device), 4, QUANTIZATION_GROUP)
-    out = torch.empty(HIDDEN, HIDDEN, dtype=_half(device), device=device)
+    out = torch.empty(HIDDEN, HIDDEN, dtype=half_type(device), device=device)
     return out.numel() / seconds_of(partial(dequantize, packed, out), device)
 
 
@@ -264,7 +260,8 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
             reader.read(file, offset, READ_BYTES, buffers[thread], 0)
         cpu[thread] = time.thread_time() - started
 
-    products = partial(_linears, random_values((WIDTH_ROWS, HIDDEN), _half(device), device), [_square(device)] * 2)
+    inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
+    products = partial(_linears, inputs, [weight, weight])
     alone = seconds_of(products, device, at_least=0.3)
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started, count = time.perf_counter(), 0
@@ -279,7 +276,3 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
     reader.close()
     lost = (seconds - count * alone) * core_count() if count else 0.0
     return nbytes / seconds, max(lost, sum(cpu)) / nbytes
-
-
-def _square(device: torch.device) -> torch.Tensor:
-    return random_values((HIDDEN, HIDDEN), _half(device), device)

@@ -75,6 +75,11 @@ def rehearse(device: torch.device, folder: Path) -> Rehearsal:
     return Rehearsal(layer, outside, TOKENS * layer_activations(widest, 4 * widest) / surrounding, rates)
 
 
+def half_type(device: torch.device) -> torch.dtype:
+    """The 16-bit type that the machine is measured in."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
 def random_values(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Normal numbers in rows that repeat, which arithmetic does not see: made in a moment."""
     few = torch.randn(min(64, shape[0]), *shape[1:], dtype=dtype, device=device) * DEVIATION
@@ -133,7 +138,7 @@ def _model(device: torch.device, width: int, layers: int) -> SteppedModel:
         num_attention_heads=max(1, width // HEAD),
         word_embed_proj_dim=width,
     )
-    return build(config, torch.float16 if device.type == "cuda" else torch.bfloat16)
+    return build(config, half_type(device))
 
 
 def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:

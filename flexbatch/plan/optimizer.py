@@ -12,7 +12,7 @@ from flexbatch.plan.cost_model import Prediction, by_resource, first_terms, pass
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
-from flexbatch.plan.memory_need import needs, peak_bytes
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
@@ -195,5 +195,5 @@ def _manual(
     weights, kv, hidden = Policy.percent_shares(list(offload.percent))
     base = replace(base_policy(offload), weights=weights, kv=kv, hidden=hidden)
     for policy in enumerated(workload, offload, base, slot_counts(workload, offload)):
-        if limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None:
+        if fits(spec, hardware, workload, policy, limits):
             yield predict(spec, hardware, workload, policy)

@@ -15,6 +15,7 @@ NOTHING_RESIDENT = Shares(0.0, 0.0)
 
 
 def fits(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
+    """Whether no tier holds more than its limit at the job's peak."""
     return limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None
 
 
@@ -71,7 +72,7 @@ def filled(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, polic
             more = min(shares.disk, room * part)
             grown = Shares(1.0, 0.0) if shares.device + more > 1 - 1e-9 else Shares(shares.device + more, shares.host)
             tried = replace(policy, weights=grown) if kind == "weights" else replace(policy, kv=grown)
-            if more > 1e-3 and limits.exceeded(peak_bytes(needs(spec, hardware, workload, tried))) is None:
+            if more > 1e-3 and fits(spec, hardware, workload, tried, limits):
                 policy = tried
                 break
     return policy

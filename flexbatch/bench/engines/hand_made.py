@@ -9,8 +9,8 @@ from typing import Any
 
 from flexbatch.bench.engines.own_job import trial_config, trial_model, trial_work
 from flexbatch.bench.trial import Outcome, Trial
-from flexbatch.plan.memory_need import needs, peak_bytes
 from flexbatch.plan.policy import ALL_DEVICE, Shares
+from flexbatch.plan.rounding import fits
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.planning import plan_run
 
@@ -50,6 +50,6 @@ def _fullest(plan: Plan, slots: int, prefill_tokens: int) -> int | None:
     for percent in PERCENT:
         weights = Shares.from_percent(percent, 0, what="weights")
         policy = replace(base, weights=weights, slots=slots, prefill_tokens=prefill_tokens)
-        if plan.limits.exceeded(peak_bytes(needs(plan.spec, plan.hardware, plan.workload, policy))) is None:
+        if fits(plan.spec, plan.hardware, plan.workload, policy, plan.limits):
             return percent
     return None
