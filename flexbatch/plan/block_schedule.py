@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexbatch.plan.cost_model import Resource, Term, by_resource, pass_seconds
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP, ModelSpec, packed_bytes
 from flexbatch.plan.policy import ALL_DEVICE, Shares
+from flexbatch.plan.terms import Resource, Term, by_resource, pass_seconds
 
 # FLOP/s of a decode step's matrix products as the authors fitted it on their T4; few rows are slower still.
 DECODE_FLOPS = 4.3e12

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
-from flexbatch.plan.cost_model import Prediction, by_resource, first_terms, pass_seconds, pass_terms, predict
+from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
@@ -18,6 +18,7 @@ from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
 from flexbatch.plan.rounding import NOTHING_RESIDENT, filled, fits, fitted, may_fit
 from flexbatch.plan.shares_program import Problem, best_shares
+from flexbatch.plan.terms import by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload, schedule
 
 # So many of the linear program's best candidates are predicted exactly.

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from flexbatch.plan.cost_model import Resource, by_resource, pass_terms
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits
 from flexbatch.plan.memory_need import needs, peak_bytes
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy, Shares, Tier
+from flexbatch.plan.terms import Resource, by_resource, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload
 
 KINDS = ("weights", "kv", "hidden")

@@ -1,0 +1,237 @@
+"""What one pass does: named terms, each an amount of something, and the seconds that one resource spends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.memory_need import (
+    MICRO_BATCH_TOKENS,
+    Need,
+    first_used_bytes,
+    held_weights,
+    number_bytes,
+    streamable_bytes,
+    weight_form,
+)
+from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.policy import Policy
+from flexbatch.plan.workload import PassLoad, Workload
+
+# Packing a number of the KV cache takes so many times as long as expanding one (measured: 6 at 8 bits, 9 at 4 bits).
+PACKING_TIMES = 8
+
+
+class Resource(StrEnum):
+    """What works at the same time as the others. A pass takes as long as the busiest."""
+
+    COMPUTE = "compute"
+    DISK = "disk"
+    HOST_TO_DEVICE = "host to device"
+    DEVICE_TO_HOST = "device to host"
+    HOST_COMPUTE = "host compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """`seconds` that `resource` spends on `what` in one pass, for `amount` of `unit` (FLOP, bytes, numbers, calls)."""
+
+    what: str
+    resource: Resource
+    seconds: float
+    amount: float
+    unit: str
+
+
+def pass_seconds(terms: Mapping[Resource, float]) -> float:
+    """The resources work side by side; the busiest one is the pass."""
+    return max(terms.values())
+
+
+def by_resource(terms: list[Term]) -> dict[Resource, float]:
+    totals = dict.fromkeys(Resource, 0.0)
+    for term in terms:
+        totals[term.resource] += term.seconds
+    return totals
+
+
+def pass_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> list[Term]:
+    """Everything that one pass with this load does."""
+    return [
+        *prefill_terms(spec, hardware, workload, policy, load),
+        *decode_terms(spec, hardware, workload, policy, load),
+        *weight_terms(spec, hardware, policy),
+        *kv_terms(spec, hardware, workload, policy, load),
+        *overhead_terms(spec, hardware, workload, policy, load),
+    ]
+
+
+def first_terms(hardware: HardwareProfile, items: Iterable[Need]) -> Iterator[Term]:
+    """What happens once: main memory is found and cleared as the cache and the rest fill it for the first time."""
+    if not hardware.has_accelerator:
+        nbytes = first_used_bytes(items)
+        yield Term("memory touched first", Resource.COMPUTE, nbytes / hardware.memory_touch, nbytes, "bytes")
+
+
+def prefill_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> Iterator[Term]:
+    """Arithmetic of the prompts that join, shared prefixes included."""
+    if not load.joining:
+        return
+    kind = gemm_format(spec, policy)
+    own = load.joining * workload.own_tokens
+    tokens = own + load.groups * workload.shared_tokens
+    flops = tokens * spec.linear_flops_per_token
+    together = tokens + (load.decoding if spec.side_by_side else 0.0)
+    yield _compute(
+        "prefill matrices", flops, hardware.gemm_rate(kind, min(together, MICRO_BATCH_TOKENS), spec.hidden_size)
+    )
+    yield activation_term("prefill activations", spec, hardware, tokens)
+    length = workload.own_squares / workload.own_tokens
+    attention = spec.attention_flops(own, length + workload.shared_tokens)
+    attention += load.groups * spec.attention_flops(workload.shared_tokens, workload.shared_tokens)
+    yield _compute("prefill attention", attention, hardware.attention_flops)
+    yield _compute("head", 2.0 * load.joining * spec.head_parameters, head_rate(spec, hardware, load.joining))
+
+
+def decode_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> Iterator[Term]:
+    """Arithmetic of the rows that gain a token, and their attention's walk through the KV cache."""
+    if not load.decoding:
+        return
+    kind = gemm_format(spec, policy)
+    flops = load.decoding * spec.linear_flops_per_token
+    beside = load.joining * workload.own_tokens if spec.side_by_side else 0.0
+    together = min(load.decoding + beside, max(load.decoding, MICRO_BATCH_TOKENS))
+    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, together, spec.hidden_size))
+    yield activation_term("decode activations", spec, hardware, load.decoding)
+    rate, resource = hardware.attention_bytes, Resource.COMPUTE
+    positions = workload.own_tokens + workload.new_tokens
+    nbytes = attended_bytes(spec, positions) * load.decoding
+    away = nbytes * (1.0 - policy.kv.device) if policy.host_attention else 0.0
+    yield Term("decode attention", resource, (nbytes - away) / rate, nbytes - away, "bytes")
+    if away:
+        seconds = away / hardware.host_attention_bytes
+        yield Term("decode attention on the host", Resource.HOST_COMPUTE, seconds, away, "bytes")
+    if workload.shared_tokens:
+        groups = -(-load.decoding // workload.rows_per_group)
+        prefix = groups * attended_bytes(spec, workload.shared_tokens)
+        work = spec.attention_flops(load.decoding, workload.shared_tokens) / hardware.attention_flops
+        yield Term("decode attention to prefixes", resource, prefix / rate + work, prefix, "bytes")
+    yield _compute("head", 2.0 * load.decoding * spec.head_parameters, head_rate(spec, hardware, load.decoding))
+
+
+def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> Iterator[Term]:
+    """The streamed share of the weights, once a pass; tied embeddings that are not on the device go by again."""
+    total, again = streamable_bytes(spec, policy), held_weights(spec, policy).again
+    from_disk, from_host = total * policy.weights.disk, total * policy.weights.host
+    if again:
+        away = from_disk + from_host
+        from_disk, from_host = (part * (1.0 + again / away) for part in (from_disk, from_host))
+    streamed = from_disk + from_host
+    if from_disk:
+        yield Term("weights from disk", Resource.DISK, from_disk / hardware.disk_read, from_disk, "bytes")
+        if not hardware.has_accelerator:
+            stolen = from_disk * hardware.read_cpu_seconds / hardware.cores
+            yield Term("reader threads", Resource.COMPUTE, stolen, from_disk, "bytes")
+    if hardware.has_accelerator and streamed:
+        yield Term("weights to device", Resource.HOST_TO_DEVICE, streamed / hardware.host_to_device, streamed, "bytes")
+    elif from_host:
+        yield Term("weights copied", Resource.COMPUTE, from_host / hardware.memory_copy, from_host, "bytes")
+    form = weight_form(policy)
+    if form in (8, 4):
+        numbers = spec.packed_numbers
+        yield Term("dequantise", Resource.COMPUTE, numbers / hardware.dequantize_numbers, numbers, "numbers")
+    elif form == 16 and spec.stored_dtype != spec.compute_dtype and streamed:
+        yield Term("convert weights", Resource.COMPUTE, streamed / hardware.memory_copy, streamed, "bytes")
+
+
+def kv_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> Iterator[Term]:
+    """KV cache that is not on the device: gathered for decode and written for new tokens, while the maths waits."""
+    per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec))
+    old = load.decoding * (workload.own_tokens + workload.new_tokens) * per_token
+    new = (load.decoding + load.joining * workload.own_tokens) * per_token
+    on_disk, on_host = policy.kv.disk, policy.kv.host
+    if on_disk:
+        # A mapped file: reading waits for the disk, writing only for the copy; the disk writes behind it.
+        read, written = old * on_disk, new * on_disk
+        seconds = read / hardware.disk_read + written / hardware.memory_copy
+        yield Term("KV on disk", Resource.COMPUTE, seconds, read + written, "bytes")
+        yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
+    if on_host and not policy.host_attention:
+        seconds = old * on_host / hardware.host_to_device + new * on_host / hardware.device_to_host
+        yield Term("KV on host", Resource.COMPUTE, seconds, (old + new) * on_host, "bytes")
+    elif on_host:
+        yield Term(
+            "KV to host", Resource.DEVICE_TO_HOST, new * on_host / hardware.device_to_host, new * on_host, "bytes"
+        )
+    if policy.kv_bits == 16 and 0 < policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
+        nbytes = old * policy.kv.device
+        yield Term("KV gathered", Resource.COMPUTE, nbytes / _device_copy(hardware), nbytes, "bytes")
+    if policy.kv_bits < 16:
+        # Decoding rows expand all that they attend to; whoever makes a token packs it, and prompts see theirs expanded.
+        fed = load.joining * workload.own_tokens + load.groups * workload.shared_tokens
+        packed = (fed + load.decoding) * spec.kv_numbers_per_token
+        expanded = old / per_token * spec.kv_numbers_per_token + fed * spec.kv_numbers_per_token
+        yield Term("KV expanded", Resource.COMPUTE, expanded / hardware.dequantize_numbers, expanded, "numbers")
+        seconds = PACKING_TIMES * packed / hardware.dequantize_numbers
+        yield Term("KV packed", Resource.COMPUTE, seconds, packed, "numbers")
+
+
+def overhead_terms(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
+) -> Iterator[Term]:
+    """Calls into the layers, one for each micro-batch, and what a pass costs by itself; hidden states that wait."""
+    prompts = load.joining * workload.own_tokens
+    if spec.side_by_side:
+        batches = -(-(prompts + load.decoding) // MICRO_BATCH_TOKENS)
+    else:
+        batches = -(-prompts // MICRO_BATCH_TOKENS) + (1 if load.decoding else 0)
+    calls = batches * len(spec.layers)
+    yield Term("layer calls", Resource.COMPUTE, calls * hardware.layer_call_seconds, calls, "calls")
+    yield Term("pass", Resource.COMPUTE, hardware.pass_seconds, 1, "passes")
+    waiting = (prompts + load.decoding) * spec.hidden_size * number_bytes(spec) * len(spec.layers)
+    away = policy.hidden
+    if away.host > 0 and waiting:
+        nbytes = waiting * away.host
+        seconds = nbytes / hardware.host_to_device + nbytes / hardware.device_to_host
+        yield Term("hidden states on host", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
+    if away.disk > 0 and waiting:
+        nbytes = waiting * away.disk
+        seconds = nbytes / hardware.disk_read + nbytes / hardware.disk_write
+        yield Term("hidden states on disk", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
+
+
+def gemm_format(spec: ModelSpec, policy: Policy) -> str:
+    return "int8" if policy.compute == "int8" else spec.compute_dtype
+
+
+def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: float) -> float:
+    return hardware.gemm_rate(spec.compute_dtype, rows, spec.hidden_size)
+
+
+def activation_term(what: str, spec: ModelSpec, hardware: HardwareProfile, tokens: float) -> Term:
+    """What lies between the matrix products, by the numbers that a token's way through all layers touches."""
+    numbers = tokens * spec.activation_numbers
+    return Term(what, Resource.COMPUTE, numbers / hardware.activation_numbers, numbers, "numbers")
+
+
+def attended_bytes(spec: ModelSpec, positions: float) -> float:
+    """Bytes of keys and values that one query row reads over all layers; grouped heads are repeated first."""
+    return 2.0 * number_bytes(spec) * spec.attended_numbers(positions)
+
+
+def _device_copy(hardware: HardwareProfile) -> float:
+    return hardware.attention_bytes if hardware.has_accelerator else hardware.memory_copy
+
+
+def _compute(what: str, flops: float, rate: float) -> Term:
+    return Term(what, Resource.COMPUTE, flops / rate, flops, "FLOP")
