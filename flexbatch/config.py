@@ -173,6 +173,12 @@ class OffloadConfig:
         "auto (measured at start-up), direct or buffered: how weights are read from disk",
         one_of=("auto", "direct", "buffered"),
     )
+    blocked_file: str = option(
+        "auto",
+        "a copy of streamed bfloat16 weights in the order in which the processor multiplies them, in model.cache_dir: "
+        "auto (where the job gains more by it than making it takes), always or never",
+        one_of=("auto", "always", "never"),
+    )
     trace: str = option("", "write a Chrome/Perfetto trace of the run to this file", path=True)
 
 

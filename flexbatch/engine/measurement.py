@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from flexbatch.engine.attention import attend
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
+from flexbatch.memory.blocked_weight import lay_out, linear, suits
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
-from flexbatch.memory.int8_linear import int8_linear
+from flexbatch.memory.int8_linear import int8_layout, int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 
@@ -126,8 +127,9 @@ def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]
 
 @torch.inference_mode()
 def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """FLOP/s of a linear layer by rows. Its weights come from memory: two matrices in turn, larger than a cache."""
-    weights = [random_values((HIDDEN, HIDDEN), dtype, device) for _ in range(2)]
+    """FLOP/s of a linear layer by rows, as the engine has it. Weights come from memory: two in turn, larger than a
+    cache."""
+    weights = [_as_multiplied(random_values((HIDDEN, HIDDEN), dtype, device)) for _ in range(2)]
     rates = {}
     for rows in ROWS:
         in_turn = weights[: 1 if rows >= MANY_ROWS else 2]  # with many rows it does not matter where weights come from
@@ -141,12 +143,13 @@ def _int8_curve() -> dict[int, float]:
     """The same of the engine's own 8-bit linear layer, its weights laid as they are kept, rounding of the activations
     included."""
     cpu = torch.device("cpu")
-    weights = [torch.randint(-9, 9, (HIDDEN, HIDDEN), dtype=torch.int8).t() for _ in range(4)]
-    scale = torch.ones(HIDDEN)
+    layout = int8_layout((HIDDEN, HIDDEN))
+    stored = [layout.pack(random_values((HIDDEN, HIDDEN), torch.bfloat16, cpu)) for _ in range(4)]
+    weights = [(layout.weight(values), scale) for values, scale in stored]
     rates = {}
     for rows in ROWS:
         inputs = random_values((rows, HIDDEN), torch.bfloat16, cpu)
-        seconds = seconds_of(lambda inputs=inputs: [int8_linear(inputs, each, scale) for each in weights], cpu)  # type: ignore[misc]
+        seconds = seconds_of(lambda inputs=inputs: [int8_linear(inputs, *each) for each in weights], cpu)  # type: ignore[misc]
         rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(weights) / seconds
     return rates
 
@@ -162,9 +165,17 @@ def _width_factors(products: Mapping[int, float], square: float) -> dict[int, fl
     return factors
 
 
+def _as_multiplied(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as the engine lays it."""
+    return lay_out(weight) if weight.device.type == "cpu" and suits(weight.dtype) else weight
+
+
 def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     for weight in weights:
-        functional.linear(inputs, weight)
+        if weight.is_mkldnn:
+            linear(inputs, weight, None)
+        else:
+            functional.linear(inputs, weight)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -261,7 +272,7 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
         cpu[thread] = time.thread_time() - started
 
     inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
-    products = partial(_linears, inputs, [weight, weight])
+    products = partial(_linears, inputs, [_as_multiplied(weight)] * 2)
     alone = seconds_of(products, device, at_least=0.3)
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started, count = time.perf_counter(), 0

@@ -13,9 +13,10 @@ from flexbatch.engine.checkpoint_map import map_checkpoint
 from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.linear_layers import use_blocked_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
-from flexbatch.engine.packed_sources import pack_sources
+from flexbatch.engine.packed_sources import block_sources, pack_sources
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.memory.direct_io import choose_reader
@@ -62,7 +63,9 @@ class Limits:
 @dataclass(frozen=True)
 class EngineOptions:
     """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
-    known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared."""
+    known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
+    much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
+    used)."""
 
     span: int
     dtype: torch.dtype
@@ -71,6 +74,7 @@ class EngineOptions:
     own_span: int = 0
     reader: str = "auto"
     packed_folder: Path = Path()
+    blocked_file_bytes: int | None = None
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     on_event: OnEvent | None = None
 
@@ -132,11 +136,14 @@ def open_conversation(checkpoint: Checkpoint, policy: Policy, limits: Limits, op
 
 def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: EngineOptions) -> _Opened:
     stepped = build(checkpoint.config, options.dtype)
+    use_blocked_linears(stepped, options.dtype, options.device)
     sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
     integers = policy.compute == "int8"
     if policy.weight_bits < 16 or integers:
         folder = options.packed_folder
         sources = pack_sources(stepped, sources, folder, weight_bits=policy.weight_bits, integers=integers)
+    elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
+        sources = block_sources(stepped, sources, options.packed_folder, options.blocked_file_bytes)
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)
     files = sorted({entry.file for source in sources.values() for entry in source.entries})
     reader = choose_reader(files, options.reader)

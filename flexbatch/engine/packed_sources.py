@@ -1,14 +1,16 @@
-"""Weights in 8 or 4 bits: packed once into a cache file, streamed or resident in that form, expanded once per pass.
+"""Weights in another form than the checkpoint's: packed once into a cache file, streamed or resident in that form.
 
-The matrices of the decoder layers are packed; norms, biases, embeddings and the head stay as they are. Where they are
-used they are either dequantised into one scratch buffer per kind of matrix (all layers share it, because one stop is
-in use at a time), or multiplied as they are by 8-bit integers (`offload.compute=int8`).
+The matrices of the decoder layers are packed; norms, biases, embeddings and the head stay as they are. Packed to 8 or 4
+bits they are dequantised once per pass into one scratch buffer per kind of matrix (all layers share it, because one
+stop is in use at a time), or multiplied as they are by 8-bit integers (`offload.compute=int8`). Unquantised ones can be
+laid out as oneDNN multiplies them fastest (`BlockedLinear`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
+from flexbatch.engine.linear_layers import BlockedLinear
 from flexbatch.engine.model import SteppedModel
-from flexbatch.memory.int8_linear import Int8Layout, int8_linear
-from flexbatch.memory.packed_file import PackedTensor, open_packed
+from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
+from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
+from flexbatch.memory.packed_file import PackedTensor, has_packed, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable
 from flexbatch.memory.safetensors_header import TensorEntry
@@ -42,17 +46,31 @@ class Scratch:
 
 
 @dataclass
-class QuantizedSource(ParameterSource):
-    """A weight in groups of 4 or 8 bits. `kind` is its name inside the layer."""
+class PackedSource(ParameterSource):
+    """A weight that is used as it lies in a packed file: by 8-bit integers, or in oneDNN's blocked format."""
 
     packed: PackedTensor | None = None
-    kind: str = ""
-    scratch: Scratch = field(default_factory=Scratch)
 
     stays_packed = True
 
     def target_dtype(self, dtype: torch.dtype) -> torch.dtype | None:  # noqa: ARG002 - the interface's
         return None
+
+    def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
+        assert self.packed is not None
+        layout, (first, *_) = self.packed.layout, self.packed.parts.values()
+        assert isinstance(layout, Int8Layout | BlockedInt8Layout | BlockedLayout)
+        place.module._parameters[place.name] = parameter(layout.weight(tensors[first.name]))
+        if "scale" in self.packed.parts:
+            place.module.int8_scale = tensors[self.packed.parts["scale"].name]
+
+
+@dataclass
+class QuantizedSource(PackedSource):
+    """A weight in groups of 4 or 8 bits that is expanded to be used. `kind` is its name inside the layer."""
+
+    kind: str = ""
+    scratch: Scratch = field(default_factory=Scratch)
 
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
@@ -65,16 +83,6 @@ class QuantizedSource(ParameterSource):
         )
 
 
-@dataclass
-class Int8Source(QuantizedSource):
-    """A linear layer's weight in 8-bit integers that are multiplied as they are."""
-
-    def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
-        assert self.packed is not None
-        place.module._parameters[place.name] = parameter(tensors[self.packed.parts["q"].name].mT)
-        place.module.int8_scale = tensors[self.packed.parts["scale"].name]
-
-
 def pack_sources(
     stepped: SteppedModel,
     sources: Mapping[str, ParameterSource],
@@ -84,27 +92,67 @@ def pack_sources(
     integers: bool,
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
-    layouts: dict[str, Layout] = {}
-    names: dict[str, str] = {}
+    chosen = _choose(stepped, sources, partial(_smaller, weight_bits=weight_bits, integers=integers))
+    made, scratch = dict(sources), Scratch()
+    for each, packed in _opened(sources, chosen, cache_folder):
+        entries = list(packed.parts.values())
+        if isinstance(packed.layout, QuantizedLayout):
+            made[each.name] = QuantizedSource(each.name, entries, packed=packed, kind=each.kind, scratch=scratch)
+        else:
+            made[each.name] = PackedSource(each.name, entries, packed=packed)
+            multiply_integers(each.module)
+    return made
+
+
+def block_sources(
+    stepped: SteppedModel, sources: Mapping[str, ParameterSource], cache_folder: Path, most_bytes: int
+) -> dict[str, ParameterSource]:
+    """`sources` with the weights of all `BlockedLinear`s in a file of oneDNN's format: one that is there already, or a
+    new one if it takes no more than `most_bytes`; else as they are."""
+    chosen = _choose(stepped, sources, _blocked)
+    layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
+    size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout))
+    made = dict(sources)
+    if layouts and (size <= most_bytes or has_packed(_plain(sources), layouts, cache_folder)):
+        for each, packed in _opened(sources, chosen, cache_folder):
+            made[each.name] = PackedSource(each.name, list(packed.parts.values()), packed=packed)
+    return made
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A parameter to pack: its name, its name inside the layer, its module, and how."""
+
+    name: str
+    kind: str
+    module: nn.Module
+    layout: Layout
+
+
+def _choose(
+    stepped: SteppedModel,
+    sources: Mapping[str, ParameterSource],
+    layout_of: Callable[[TensorEntry, nn.Module], Layout | None],
+) -> list[_Chosen]:
+    chosen = []
     for name, kind, module in _matrices(stepped):
         source = sources[name]
-        if source.converter is not None:
-            continue
-        entry = source.entries[0]
-        layout = _layout(entry, module, weight_bits, integers)
-        if layout is not None:
-            layouts[entry.name], names[name] = layout, kind
-    index = SafetensorsIndex({s.entries[0].name: s.entries[0] for s in sources.values() if not s.converter}, {})
-    packed = open_packed(index, layouts, cache_folder)
-    scratch = Scratch()
-    made = dict(sources)
-    for name, kind in names.items():
-        form = packed[sources[name].entries[0].name]
-        cls = Int8Source if isinstance(form.layout, Int8Layout) else QuantizedSource
-        made[name] = cls(name, list(form.parts.values()), packed=form, kind=kind, scratch=scratch)
-        if cls is Int8Source:
-            multiply_integers(stepped.model.get_submodule(name.rpartition(".")[0]))
-    return made
+        if source.converter is None and (layout := layout_of(source.entries[0], module)) is not None:
+            chosen.append(_Chosen(name, kind, module, layout))
+    return chosen
+
+
+def _opened(
+    sources: Mapping[str, ParameterSource], chosen: Sequence[_Chosen], cache_folder: Path
+) -> Iterator[tuple[_Chosen, PackedTensor]]:
+    layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
+    packed = open_packed(_plain(sources), layouts, cache_folder)
+    return ((each, packed[sources[each.name].entries[0].name]) for each in chosen)
+
+
+def _plain(sources: Mapping[str, ParameterSource]) -> SafetensorsIndex:
+    """The stored tensors that are parameters as they are."""
+    return SafetensorsIndex({s.entries[0].name: s.entries[0] for s in sources.values() if not s.converter}, {})
 
 
 def multiply_integers(module: nn.Module) -> None:
@@ -131,10 +179,14 @@ def _matrices(stepped: SteppedModel) -> list[tuple[str, str, nn.Module]]:
     return found
 
 
-def _layout(entry: TensorEntry, module: nn.Module, weight_bits: int, integers: bool) -> Layout | None:
+def _smaller(entry: TensorEntry, module: nn.Module, *, weight_bits: int, integers: bool) -> Layout | None:
     shape = tuple(entry.shape)
-    if integers and type(module) is nn.Linear and shape[-1] > 1:
-        return Int8Layout(shape)
+    if integers and type(module) in (nn.Linear, BlockedLinear) and shape[-1] > 1:
+        return int8_layout(shape)
     if weight_bits < 16 and quantizable(shape, GROUP_SIZE):
         return QuantizedLayout(shape, weight_bits, GROUP_SIZE)
     return None
+
+
+def _blocked(entry: TensorEntry, module: nn.Module) -> Layout | None:
+    return blocked_layout(tuple(entry.shape)) if isinstance(module, BlockedLinear) else None

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
+from flexbatch.engine.linear_layers import laid_out_for
 from flexbatch.engine.model import SteppedModel, Stop
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
@@ -77,6 +78,7 @@ class Weights:
         self._stepped, self._storage, self._options = stepped, storage, options
         self._device = storage.device
         self._slots = parameter_slots(stepped, sources, self._device)
+        self._uses = Counter(slot.source.name for slots in self._slots.values() for slot in slots)
         self.tiers = place_sources(stepped.stops, self._slots, shares)
         self._host: dict[str, torch.Tensor] = {}
         self._resident: dict[str, nn.Parameter] = {}
@@ -184,6 +186,8 @@ class Weights:
             self._storage.budgets[Tier.DEVICE].reserve(slot.source.nbytes, "weights")
             tensors = {entry.name: self._read(entry) for entry in slot.source.entries}
             value = slot.source.assemble(tensors, self._stepped.model).to(self._device, slot.place.dtype)
+            if self._uses[slot.source.name] == 1:
+                value = laid_out_for(slot.place.module, slot.place.name, value)
             twin = self._resident.setdefault(slot.source.name, parameter(value))
         slot.place.module._parameters[slot.place.name] = twin
 

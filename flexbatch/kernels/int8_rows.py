@@ -36,8 +36,8 @@ def scale_sums(
 ) -> torch.Tensor:
     """sums * row_scale * column_scale + offset in float32, rounded once to bfloat16 `[rows, columns]`.
 
-    `sums` int32 `[rows, columns]`, `row_scale` float32 `[rows]`, `column_scale` and `offset` float32 `[columns]`, all
-    contiguous.
+    `sums` int32 or float32 `[rows, columns]`, `row_scale` float32 `[rows]`, `column_scale` and `offset` float32
+    `[columns]`, all contiguous.
     """
     out = torch.empty(sums.shape, dtype=torch.bfloat16)
     kernel: Any = _scale

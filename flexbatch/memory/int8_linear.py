@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
+from flexbatch.memory.blocked_weight import ZERO_POINT, blocked_bytes, blocked_form, integer_product, lay_out, suits
 
 LARGEST = 127
 CHUNK = 1 << 19
+SUMS = 1 << 22
+"""Sums that are made and scaled at a time: 16 MB, which lie in a cache and in memory that was used before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,52 @@ class Int8Layout:
         *leading, rows, columns = self.shape
         return (("q", torch.int8, (*leading, columns, rows)), ("scale", torch.float32, (*leading, rows)))
 
+    def weight(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight for `int8_linear` over its stored values."""
+        return values.mT
+
+
+@dataclass(frozen=True, slots=True)
+class BlockedInt8Layout:
+    """How a weight [out, in] is kept where oneDNN's blocked format is at hand: int8 [bytes] in that format, and float32
+    scale [out]. `form` is the format's key: where another one is wanted, other bytes are."""
+
+    shape: tuple[int, ...]
+    form: str
+
+    @property
+    def together(self) -> int:
+        return 2
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values, scale = quantize_rows(tensor)
+        return blocked_bytes(lay_out(values)).view(torch.int8), scale
+
+    @property
+    def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+        rows, columns = self.shape
+        return (
+            ("q", torch.int8, (blocked_form((rows, columns), torch.int8).nbytes,)),
+            ("scale", torch.float32, (rows,)),
+        )
+
+    def weight(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight for `int8_linear` over its stored values, which must outlive it."""
+        rows, columns = self.shape
+        return blocked_form((rows, columns), torch.int8).over(values)
+
+
+def int8_weight(values: torch.Tensor) -> torch.Tensor:
+    """`values` int8 [out, in] as a weight for `int8_sums`, in the order that this machine multiplies fastest."""
+    return lay_out(values) if suits(torch.int8) else values.mT.contiguous().mT
+
+
+def int8_layout(shape: tuple[int, ...]) -> Int8Layout | BlockedInt8Layout:
+    """The layout that this machine multiplies fastest."""
+    if len(shape) == 2 and suits(torch.int8):
+        return BlockedInt8Layout(shape, blocked_form((shape[0], shape[1]), torch.int8).key)
+    return Int8Layout(shape)
+
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 values of the tensor's shape and float32 scales [...], one for each row of the last dimension."""
@@ -65,14 +114,31 @@ def int8_linear(
 ) -> torch.Tensor:
     """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out].
 
-    `weight` may have any strides; those of a turned over [in, out] (see `Int8Layout`) are the fastest.
-    Returns [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others.
-    `in` is at least 2: on one column torch 2.13's integer product is wrong.
+    `weight` is what a layout's `weight` returns, or a plain tensor of any strides; the result is the same. Returns
+    [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others. `in` is
+    at least 2: on one column torch 2.13's integer product is wrong.
     """
-    values, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-    product = torch._int_mm(values, weight.t())
+    rows = x.reshape(-1, x.shape[-1])
     offset = torch.zeros_like(weight_scale) if bias is None else bias.float()
-    return _scaled(product, scale, weight_scale, offset, x).view(*x.shape[:-1], weight.shape[0])
+    step = max(1, SUMS // len(weight_scale))
+    made = [_product(rows[at : at + step], weight, weight_scale, offset) for at in range(0, max(1, len(rows)), step)]
+    return (made[0] if len(made) == 1 else torch.cat(made)).view(*x.shape[:-1], len(weight_scale))
+
+
+def _product(
+    rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
+    values, scale = quantize_rows(rows)
+    return _scaled(int8_sums(values, weight), scale, weight_scale, offset, rows)
+
+
+def int8_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`values` int8 [rows, in], which may be overwritten, times `weight` as for `int8_linear`: the exact sums, int32 or
+    rounded to float32, [rows, out]."""
+    if weight.is_mkldnn:
+        # Turning the sign bit over adds 128 to a number that is read without a sign.
+        return integer_product(values.view(torch.uint8).bitwise_xor_(ZERO_POINT), weight)
+    return torch._int_mm(values, weight.t())
 
 
 def _scaled(

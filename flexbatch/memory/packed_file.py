@@ -1,8 +1,8 @@
-"""Quantised weights of a checkpoint in one safetensors file, made once and shared by runs.
+"""Weights of a checkpoint, quantised or laid out anew, in one safetensors file, made once and shared by runs.
 
 `open_packed` finds the file of a checkpoint, checks it, and makes it where it is missing, torn or stale. Tensor `name`
-becomes `name.q`, `name.scale` (and `name.minimum`); the weight stream reads them like any others. Files of a cache
-folder, all named for the source and the way of packing:
+becomes `name.q`, `name.scale` (and `name.minimum`), or `name.blocked`; the weight stream reads them like any others.
+Files of a cache folder, all named for the source and the way of packing:
 
     KEY.safetensors           the packed weights; only ever a whole file
     KEY.json                  manifest: what it was made from, and the checksum of each tensor
@@ -36,7 +36,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A packed weight: its layout, and where each of its parts (`q`, `scale`, `minimum`) lies."""
+    """A packed weight: its layout, and where each of its parts (such as `q`, `scale`, `minimum`) lies."""
 
     layout: Layout
     parts: Mapping[str, TensorEntry]
@@ -73,6 +73,12 @@ def open_packed(
         name: PackedTensor(layout, {part: packed[f"{name}.{part}"] for part, _, _ in layout.parts})
         for name, layout in layouts.items()
     }
+
+
+def has_packed(index: SafetensorsIndex, layouts: Mapping[str, Layout], cache_folder: Path) -> bool:
+    """Whether `open_packed` would find the file made and sound."""
+    sources = _sources(index, layouts)
+    return _sound(cache_folder / _key(sources, layouts), _identity(sources, layouts))
 
 
 def _sources(index: SafetensorsIndex, layouts: Mapping[str, Layout]) -> dict[str, TensorEntry]:

@@ -20,12 +20,14 @@ from flexbatch.memory.tiers import allocate
 
 SLICE = 64 << 20
 """Bytes of a source tensor that are packed at a time, where its rows are independent."""
+ALIGNMENT = 64
+"""Bytes that the first tensor's place in the file is a multiple of: a cache line, for weights used as they lie."""
 JOURNAL_BYTES = 256 << 20
 """Packed bytes after which the journal is brought up to date: what a killed run loses at most."""
 
 
 class Layout(Protocol):
-    """How one weight is packed: `QuantizedLayout` or `Int8Layout`."""
+    """How one weight is packed: `QuantizedLayout`, `Int8Layout`, `BlockedInt8Layout` or `BlockedLayout`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -158,7 +160,7 @@ def _header(
             }
             position = end
     raw = json.dumps(described).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     start = 8 + len(raw)
     places = {
         name: TensorEntry(name, Path(), start + begin, end - begin, fields["dtype"], tuple(fields["shape"]))

@@ -19,7 +19,7 @@ from flexbatch.errors import ModelError
 QUANTIZATION_GROUP = 32
 GROUP_BYTES = 4
 
-# "Bits" of weights for 8-bit arithmetic: a byte each and a float32 scale for every row of some thousand of them.
+# "Bits" of weights for 8-bit arithmetic: a byte each, and a scale and a sum (4 bytes each) for every row.
 INTEGERS = 0
 INTEGER_ROW = 1024
 
@@ -126,7 +126,7 @@ class ModelSpec:
         if bits == 16 or not is_matrix:
             return numbers * self.dtype_bytes
         if bits == INTEGERS:
-            return numbers + 4 * -(-numbers // INTEGER_ROW)
+            return numbers + 8 * -(-numbers // INTEGER_ROW)
         return packed_bytes(numbers, bits, QUANTIZATION_GROUP)
 
     def layer_bytes(self, layer: LayerSpec, bits: int) -> int:

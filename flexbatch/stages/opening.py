@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from flexbatch.config import Config
 from flexbatch.engine.engine import Engine, Vocabulary
-from flexbatch.engine.opening import EngineOptions, Limits, open_engine
+from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engine
 from flexbatch.memory.transfer import OnEvent
+from flexbatch.plan.blocked_file import affordable_bytes
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
@@ -22,9 +24,10 @@ def open_for(
     named = config.offload.disk_dir
     disk_folder = working_folder(named, "offload.disk_dir") if named else working_folder(str(scratch), "output.dir")
     limits, scan = plan.limits, work.scan
+    cache = working_folder(config.model.cache_dir, "model.cache_dir")
     longest = max(scan.lengths, default=1) if scan.complete else work.longest_prompt
     return open_engine(
-        model.checkpoint(Path(config.model.cache_dir).expanduser()),
+        model.checkpoint(cache),
         plan.prediction.policy,
         Limits(limits.device, limits.host, limits.disk, disk_folder, limits.one_memory),
         Vocabulary(model.tokenizer, model.end_tokens),
@@ -35,8 +38,18 @@ def open_for(
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,
             reader=config.offload.reader,
-            packed_folder=Path(config.model.cache_dir).expanduser() / "packed",
+            packed_folder=cache / "packed",
+            blocked_file_bytes=blocked_file_bytes(config.offload.blocked_file, plan, cache),
             constraints=work.constraints,
             on_event=on_event,
         ),
     )
+
+
+def blocked_file_bytes(choice: str, plan: Plan, folder: Path) -> int | None:
+    """How much a new copy of the weights in the processor's order may take in `folder`; None: none is to be used."""
+    if choice == "never":
+        return None
+    if choice == "always":
+        return UNLIMITED
+    return affordable_bytes(plan.prediction, plan.hardware, shutil.disk_usage(folder).free)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from flexbatch.engine.calibration import measure_hardware
 from flexbatch.engine.measurement import seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import EngineError
+from flexbatch.memory.blocked_weight import lay_out, linear, suits
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
+from flexbatch.memory.int8_linear import int8_sums, int8_weight
 
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)
 CHUNK = 8 << 20
@@ -63,10 +66,13 @@ def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) 
     """FLOP/s of one layer's matrices in turn: together they are larger than a cache, as streamed weights are."""
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     inputs = {width: torch.randn(rows, width, dtype=dtype) for _, width in shapes}
+    multiply = functional.linear
+    if suits(dtype):
+        weights, multiply = [lay_out(weight) for weight in weights], partial(linear, bias=None)
 
     def work() -> None:
         for weight in weights:
-            functional.linear(inputs[weight.shape[1]], weight)
+            multiply(inputs[weight.shape[1]], weight)
 
     return 2.0 * rows * sum(weight.numel() for weight in weights) / least_seconds(work)
 
@@ -74,14 +80,15 @@ def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) 
 @torch.inference_mode()
 def int8_rate(shapes: Sequence[tuple[int, int]], rows: int) -> float:
     """The same for integer products (without the scaling of activations around them), weights laid as they are kept."""
-    weights = [torch.randint(-9, 9, shape[::-1], dtype=torch.int8) for shape in shapes]
+    values = [torch.randint(-9, 9, shape, dtype=torch.int8) for shape in shapes]
     inputs = {width: torch.randint(-9, 9, (rows, width), dtype=torch.int8) for _, width in shapes}
+    weights = [(width, int8_weight(each)) for each, (_, width) in zip(values, shapes, strict=True)]
 
     def work() -> None:
-        for weight in weights:
-            torch._int_mm(inputs[weight.shape[0]], weight)
+        for width, weight in weights:
+            int8_sums(inputs[width], weight)
 
-    return 2.0 * rows * sum(weight.numel() for weight in weights) / least_seconds(work)
+    return 2.0 * rows * sum(out * width for out, width in shapes) / least_seconds(work)
 
 
 def disk_rate(files: Sequence[Path]) -> float:
