@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.kernels.decode_attention import decode_attention, suits
 
 NAME = "flexbatch_merging"
@@ -56,12 +57,14 @@ class Carried:
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
-    layer of their own and what to add to their scores (None: each row sees itself, causally)."""
+    layer of their own and what to add to their scores (None: each row sees itself, causally). Of each row attention is
+    asked for the last `read` tokens (None: for all)."""
 
     tokens: slice
     rows: int
     cache: CacheLayerMixin
     mask: torch.Tensor | None
+    read: int | None = None
 
     def own(self, states: torch.Tensor) -> torch.Tensor:
         """Its part of queries, keys or values `[1, heads, tokens of all, head_dim]`, as `[rows, heads, tokens,
@@ -149,13 +152,32 @@ def _attend_stretches(
     scaling: float | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """One after the other, each with its cache; what belongs to none (spare tokens at the end) is zero."""
+    """One after the other, each with its cache; what belongs to none (spare tokens at the end) or is not asked for is
+    zero."""
     output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for stretch in stretches:
         keys, values = stretch.cache.update(stretch.own(key), stretch.own(value))
-        own, _ = merging_attention(module, stretch.own(query), keys, values, stretch.mask, dropout, scaling, **kwargs)
-        output[0, stretch.tokens] = own.flatten(0, 1)
+        if stretch.read == 0:
+            continue
+        asking, mask = stretch.own(query), stretch.mask
+        if stretch.read == 1:
+            asking, mask = asking[:, :, -1:], None if mask is None else mask[:, :, -1:]
+        own, _ = merging_attention(module, asking, keys, values, mask, dropout, scaling, **kwargs)
+        output[0, stretch.tokens].view(stretch.rows, -1, *output.shape[2:])[:, -own.shape[1] :] = own
+    if any(stretch.read is not None for stretch in stretches):
+        compute_only(_read_tokens(stretches, query.shape[2], query.device))
     return output
+
+
+def _read_tokens(stretches: Sequence[Stretch], count: int, device: torch.device) -> ReadTokens:
+    """The positions that the stretches are asked for among all `count`; the last one if there are none."""
+    positions = torch.arange(count, device=device)
+    asked = [
+        positions[stretch.tokens].view(stretch.rows, -1)[:, -stretch.read :].flatten()
+        for stretch in stretches
+        if stretch.read
+    ]
+    return ReadTokens(torch.cat(asked) if asked else positions[-1:], count)
 
 
 def attend_own(

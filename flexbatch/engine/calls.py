@@ -6,7 +6,7 @@ Each builds the inputs of one ordinary `model(...)` call: left-padded tokens, th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
@@ -65,6 +65,11 @@ class Piece(Generic[Read]):
         """Tokens of all rows."""
         return self.ids.numel()
 
+    @property
+    def read(self) -> int:
+        """The last so many positions of each row that somebody reads."""
+        return self.kept if self.reader is not None else 0
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -99,14 +104,10 @@ class Caller:
         starts = list(itertools.accumulate((piece.tokens for piece in pieces), initial=0))
         spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         masks = [visible(piece.mask, piece.ids.shape[1], dtype) if _is_masked(piece) else None for piece in pieces]
+        rows, read = [len(piece.ids) for piece in pieces], [piece.read for piece in pieces]
         caches: list[CacheLayerMixin] = [
-            SideBySideLayer(
-                [
-                    Stretch(*each)
-                    for each in zip(spans, (len(piece.ids) for piece in pieces), layers, masks, strict=True)
-                ]
-            )
-            for layers in zip(*(piece.layers for piece in pieces), strict=True)
+            SideBySideLayer([Stretch(*each) for each in zip(spans, rows, layers, masks, wanted, strict=True)])
+            for layers, wanted in self._by_layer(pieces, read)
         ]
         inputs = {
             "input_ids": torch.cat([*(piece.ids.flatten() for piece in pieces), spare])[None],
@@ -120,6 +121,14 @@ class Caller:
             inputs,
             [(span, len(piece.ids), piece.kept, piece.reader) for span, piece in zip(spans, pieces, strict=True)],
         )
+
+    def _by_layer(
+        self, pieces: Sequence[Piece[Any]], read: Sequence[int]
+    ) -> Iterator[tuple[Sequence[CacheLayerMixin], Sequence[int | None]]]:
+        """The pieces' cache layers, layer by layer, and what is asked of each: in the last layer what is read of it."""
+        layers = list(zip(*(piece.layers for piece in pieces), strict=True))
+        yield from ((each, [None] * len(pieces)) for each in layers[:-1])
+        yield layers[-1], read
 
     def decode(self, rows: Sequence[DecodeRow], reader: Reader[Read]) -> Piece[Read]:
         """The next token of the slots 0 to rows - 1."""

@@ -51,6 +51,10 @@ class SteppedModel:
         """Whether several calls' tokens may go through the model as one row: attention is ours, positions are given."""
         return self.merges_prefixes and self.takes_position_ids
 
+    def layer(self, number: int) -> nn.Module:
+        """A decoder layer's module."""
+        return next(stop.module for stop in self.stops if stop.layer == number)
+
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
         owners: dict[str, str | None] = {}

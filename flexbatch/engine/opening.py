@@ -13,6 +13,7 @@ from flexbatch.engine.checkpoint_map import map_checkpoint
 from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.last_layer import narrow
 from flexbatch.engine.linear_layers import use_blocked_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
@@ -144,6 +145,8 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
         sources = pack_sources(stepped, sources, folder, weight_bits=policy.weight_bits, integers=integers)
     elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
         sources = block_sources(stepped, sources, options.packed_folder, options.blocked_file_bytes)
+    if stepped.lays_side_by_side:
+        narrow(stepped.layer(stepped.num_layers - 1))
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)
     files = sorted({entry.file for source in sources.values() for entry in source.entries})
     reader = choose_reader(files, options.reader)
