@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.kernels.decode_attention import decode_attention, suits
 
 NAME = "flexbatch_merging"
+CAUSAL_PIECE = 64
+"""Queries that see keys up to the last of them at once, the later keys left out."""
+KEY_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def merging_attention(
     if stretches:
         return _attend_stretches(stretches, module, query, key, value, dropout, scaling, **kwargs), None
     carried: Carried | None = getattr(key, "carried", None)
-    if carried is None and is_slow_alone(query):
+    if carried is None and (is_slow_alone(query) or (attention_mask is None and is_slow_causally(query))):
         carried = Carried((), ())
     if carried is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -134,6 +138,8 @@ def merging_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     parts = carried.parts or (OwnKeys(key, value, slice(None)),)
     made = [attend_own(query, part, attention_mask, scale) for part in parts]
+    if not carried.shared and len(made) == 1:
+        return made[0][0].transpose(1, 2).contiguous(), None
     output = torch.cat([output for output, _ in made]).float()
     weight = torch.cat([weight for _, weight in made])
     for prefix in carried.shared:
@@ -204,6 +210,13 @@ def is_slow_alone(query: torch.Tensor) -> bool:
     return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
 
 
+def is_slow_causally(query: torch.Tensor) -> bool:
+    """Whether torch's own function computes much that is masked: on a CPU queries see keys in blocks of 512, so it does
+    in the only block, and in several it leaves out enough (docs/benchmarks.md)."""
+    few = 2 * CAUSAL_PIECE < query.shape[2] <= KEY_BLOCK
+    return few and query.device.type == "cpu" and query.dtype != torch.float32
+
+
 def merge(
     first: torch.Tensor, first_weight: torch.Tensor, second: torch.Tensor, second_weight: torch.Tensor
 ) -> torch.Tensor:
@@ -237,6 +250,8 @@ def attend(
     `mask` is Transformers': bool (true: may see) or additive. Without one, several queries see causally (`causal`).
     """
     causal = causal and mask is None and query.shape[2] > 1
+    if causal and is_slow_causally(query):
+        return _attend_in_pieces(query, key, value, scale)
     if not causal and suits(query, key, value, mask):
         return decode_attention(query, key, value, mask, scale)
     if mask is not None and mask.dtype == torch.bool:
@@ -260,3 +275,23 @@ def attend(
     elif mask is not None:
         scores = scores + mask
     return torch.matmul(scores.softmax(-1).to(value.dtype), value), scores.logsumexp(-1)
+
+
+def _attend_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` where a query sees its own and earlier keys: a few queries at a time, with no key after their last."""
+    outputs, weights = [], []
+    for first in range(0, query.shape[2], CAUSAL_PIECE):
+        last = min(first + CAUSAL_PIECE, query.shape[2])
+        mask = _causal_mask(first, last, query.dtype)
+        output, weight = attend(query[:, :, first:last], key[:, :, :last], value[:, :, :last], mask, scale)
+        outputs.append(output)
+        weights.append(weight)
+    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2)
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+    """What queries `first` to `last` - 1 add to their scores of the keys up to `last` - 1."""
+    return torch.full((last - first, last), torch.finfo(dtype).min, dtype=dtype).triu_(first + 1)
