@@ -293,5 +293,5 @@ def _attend_in_pieces(
 
 @lru_cache(maxsize=64)
 def _causal_mask(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-    """What queries `first` to `last` - 1 add to their scores of the keys up to `last` - 1."""
-    return torch.full((last - first, last), torch.finfo(dtype).min, dtype=dtype).triu_(first + 1)
+    """What queries `first` to `last` - 1 add to their scores of the keys up to `last` - 1, `[1, 1, queries, keys]`."""
+    return torch.full((1, 1, last - first, last), torch.finfo(dtype).min, dtype=dtype).triu_(first + 1)
