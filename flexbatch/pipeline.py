@@ -20,6 +20,7 @@ from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
 from flexbatch.report.disk_watch import DiskWatch
 from flexbatch.report.html import write_report
+from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_record import plan_record
 from flexbatch.report.plan_text import Measured, Plan, plan_lines, predicted_against_measured, print_plan
 from flexbatch.report.progress import Progress
@@ -93,7 +94,8 @@ def _generate(
             if trace:
                 trace.event(kind, name, started, ended, nbytes)
 
-        engine = open_for(config, model, work, plan, ledger.scratch, on_event)
+        packing = PackingNotice(sys.stderr, stop.check)
+        engine = open_for(config, model, work, plan, ledger.scratch, on_event, packing)
         tally = _pass_by_pass(engine, work, plan, ledger, writer, stop, watch)
         _tell(plan, tally.measured(peak_memory(model.device)), ledger)
 

@@ -17,11 +17,12 @@ from flexbatch.engine.last_layer import narrow
 from flexbatch.engine.linear_layers import use_blocked_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
-from flexbatch.engine.packed_sources import block_sources, pack_sources
+from flexbatch.engine.packed_sources import block_sources, pack_sources, smaller_form
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.memory.direct_io import choose_reader
 from flexbatch.memory.heap import Heap
+from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent
@@ -66,7 +67,7 @@ class EngineOptions:
     """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
     known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
-    used)."""
+    used). `on_packing` is told how many bytes of a packed file's sources are done, and of how many."""
 
     span: int
     dtype: torch.dtype
@@ -78,6 +79,7 @@ class EngineOptions:
     blocked_file_bytes: int | None = None
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     on_event: OnEvent | None = None
+    on_packing: OnProgress | None = None
 
 
 def compute_dtype(choice: str, stored: Mapping[str, TensorEntry], device: torch.device) -> torch.dtype:
@@ -141,10 +143,11 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
     integers = policy.compute == "int8"
     if policy.weight_bits < 16 or integers:
-        folder = options.packed_folder
-        sources = pack_sources(stepped, sources, folder, weight_bits=policy.weight_bits, integers=integers)
+        form = smaller_form(policy.weight_bits, integers)
+        sources = pack_sources(stepped, sources, form, options.packed_folder, options.on_packing)
     elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
-        sources = block_sources(stepped, sources, options.packed_folder, options.blocked_file_bytes)
+        most, folder = options.blocked_file_bytes, options.packed_folder
+        sources = block_sources(stepped, sources, most, folder, options.on_packing)
     if stepped.lays_side_by_side:
         narrow(stepped.layer(stepped.num_layers - 1))
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)

@@ -23,13 +23,16 @@ from flexbatch.engine.linear_layers import BlockedLinear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
-from flexbatch.memory.packed_file import PackedTensor, has_packed, open_packed
+from flexbatch.memory.packed_file import OnProgress, PackedTensor, has_packed, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable
 from flexbatch.memory.safetensors_header import TensorEntry
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 
 GROUP_SIZE = 32
+
+Form = Callable[[TensorEntry, nn.Module], Layout | None]
+"""How a stored matrix of a module is to be packed (None: not at all)."""
 
 
 @dataclass
@@ -86,15 +89,13 @@ class QuantizedSource(PackedSource):
 def pack_sources(
     stepped: SteppedModel,
     sources: Mapping[str, ParameterSource],
+    form: Form,
     cache_folder: Path,
-    *,
-    weight_bits: int,
-    integers: bool,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
-    chosen = _choose(stepped, sources, partial(_smaller, weight_bits=weight_bits, integers=integers))
     made, scratch = dict(sources), Scratch()
-    for each, packed in _opened(sources, chosen, cache_folder):
+    for each, packed in _opened(sources, _choose(stepped, sources, form), cache_folder, on_progress):
         entries = list(packed.parts.values())
         if isinstance(packed.layout, QuantizedLayout):
             made[each.name] = QuantizedSource(each.name, entries, packed=packed, kind=each.kind, scratch=scratch)
@@ -105,7 +106,11 @@ def pack_sources(
 
 
 def block_sources(
-    stepped: SteppedModel, sources: Mapping[str, ParameterSource], cache_folder: Path, most_bytes: int
+    stepped: SteppedModel,
+    sources: Mapping[str, ParameterSource],
+    most_bytes: int,
+    cache_folder: Path,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
     """`sources` with the weights of all `BlockedLinear`s in a file of oneDNN's format: one that is there already, or a
     new one if it takes no more than `most_bytes`; else as they are."""
@@ -114,7 +119,7 @@ def block_sources(
     size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout))
     made = dict(sources)
     if layouts and (size <= most_bytes or has_packed(_plain(sources), layouts, cache_folder)):
-        for each, packed in _opened(sources, chosen, cache_folder):
+        for each, packed in _opened(sources, chosen, cache_folder, on_progress):
             made[each.name] = PackedSource(each.name, list(packed.parts.values()), packed=packed)
     return made
 
@@ -132,21 +137,24 @@ class _Chosen:
 def _choose(
     stepped: SteppedModel,
     sources: Mapping[str, ParameterSource],
-    layout_of: Callable[[TensorEntry, nn.Module], Layout | None],
+    form: Form,
 ) -> list[_Chosen]:
     chosen = []
     for name, kind, module in _matrices(stepped):
         source = sources[name]
-        if source.converter is None and (layout := layout_of(source.entries[0], module)) is not None:
+        if source.converter is None and (layout := form(source.entries[0], module)) is not None:
             chosen.append(_Chosen(name, kind, module, layout))
     return chosen
 
 
 def _opened(
-    sources: Mapping[str, ParameterSource], chosen: Sequence[_Chosen], cache_folder: Path
+    sources: Mapping[str, ParameterSource],
+    chosen: Sequence[_Chosen],
+    cache_folder: Path,
+    on_progress: OnProgress | None,
 ) -> Iterator[tuple[_Chosen, PackedTensor]]:
     layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
-    packed = open_packed(_plain(sources), layouts, cache_folder)
+    packed = open_packed(_plain(sources), layouts, cache_folder, on_progress=on_progress)
     return ((each, packed[sources[each.name].entries[0].name]) for each in chosen)
 
 
@@ -177,6 +185,11 @@ def _matrices(stepped: SteppedModel) -> list[tuple[str, str, nn.Module]]:
                     kind = f"{path}.{leaf}" if path else leaf
                     found.append((f"{stop.name}.{kind}", kind, module))
     return found
+
+
+def smaller_form(weight_bits: int, integers: bool) -> Form:
+    """Matrices in 8 or 4 bits; with `integers`, those of linear layers for 8-bit arithmetic."""
+    return partial(_smaller, weight_bits=weight_bits, integers=integers)
 
 
 def _smaller(entry: TensorEntry, module: nn.Module, *, weight_bits: int, integers: bool) -> Layout | None:

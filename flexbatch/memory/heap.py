@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Bytes below the limit from which freed memory is given back, and by which the process must have grown since the last
 # time: giving back costs time, because pages that are used again have to be found and cleared again.
-MARGIN = 64 << 20
+MARGIN = 32 << 20
 STEP = 16 << 20
 
 _STATM = Path("/proc/self/statm")

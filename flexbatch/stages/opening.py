@@ -8,6 +8,7 @@ from pathlib import Path
 from flexbatch.config import Config
 from flexbatch.engine.engine import Engine, Vocabulary
 from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engine
+from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
 from flexbatch.report.plan_text import Plan
@@ -17,10 +18,16 @@ from flexbatch.stages.work import Work
 
 
 def open_for(
-    config: Config, model: Model, work: Work, plan: Plan, scratch: Path, on_event: OnEvent | None = None
+    config: Config,
+    model: Model,
+    work: Work,
+    plan: Plan,
+    scratch: Path,
+    on_event: OnEvent | None = None,
+    on_packing: OnProgress | None = None,
 ) -> Engine:
     """Loads what is resident and starts the stream of the rest. `scratch` takes what goes to disk;
-    `on_event` is told what computes, reads and copies, when."""
+    `on_event` is told what computes, reads and copies, when, and `on_packing` how far a packed file is."""
     named = config.offload.disk_dir
     disk_folder = working_folder(named, "offload.disk_dir") if named else working_folder(str(scratch), "output.dir")
     limits, scan = plan.limits, work.scan
@@ -42,6 +49,7 @@ def open_for(
             blocked_file_bytes=blocked_file_bytes(config.offload.blocked_file, plan, cache),
             constraints=work.constraints,
             on_event=on_event,
+            on_packing=on_packing,
         ),
     )
 
