@@ -95,7 +95,8 @@ def _generate(
                 trace.event(kind, name, started, ended, nbytes)
 
         packing = PackingNotice(sys.stderr, stop.check)
-        engine = open_for(config, model, work, plan, ledger.scratch, on_event, packing)
+        to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
+        engine = open_for(config, model, work, plan, ledger.scratch, on_event, packing, to_do)
         tally = _pass_by_pass(engine, work, plan, ledger, writer, stop, watch)
         _tell(plan, tally.measured(peak_memory(model.device)), ledger)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from flexbatch.errors import ConfigError
 from flexbatch.plan.terms import by_resource, decode_terms, kv_terms, overhead_terms, pass_seconds, weight_terms
 from flexbatch.plan.workload import PassLoad
 from flexbatch.records import Prompt, Row
+from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
+from flexbatch.stages.opening import blocked_file_bytes
 from flexbatch.stages.planning import plan_run
 from flexbatch.stages.work import Work
 
@@ -94,6 +97,8 @@ def opened(config: Config, model: Model, plan: Plan, context: int) -> Iterator[C
                 device=model.device,
                 reader=config.offload.reader,
                 packed_folder=cache / "packed",
+                blocked_file_bytes=blocked_file_bytes(config.offload.blocked_file, plan, cache, to_do=0.0),
+                on_packing=PackingNotice(sys.stderr, lambda: None),
             ),
         )
         try:

@@ -170,7 +170,8 @@ def _attend_stretches(
             asking, mask = asking[:, :, -1:], None if mask is None else mask[:, :, -1:]
         own, _ = merging_attention(module, asking, keys, values, mask, dropout, scaling, **kwargs)
         output[0, stretch.tokens].view(stretch.rows, -1, *output.shape[2:])[:, -own.shape[1] :] = own
-    if any(stretch.read is not None for stretch in stretches):
+    asked = sum(stretch.rows * stretch.read for stretch in stretches if stretch.read is not None)
+    if stretches[0].read is not None and 2 * asked < query.shape[2]:
         compute_only(_read_tokens(stretches, query.shape[2], query.device))
     return output
 

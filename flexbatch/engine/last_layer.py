@@ -42,7 +42,7 @@ def narrow(last: nn.Module) -> None:
 def _narrowed(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def narrowed(x: torch.Tensor) -> torch.Tensor:
         read = _read.get()
-        if read is None or x.dim() < 2 or x.shape[-2] != read.of:
+        if read is None or x.dim() < 2 or x.shape[-2] != read.of or x.numel() != read.of * x.shape[-1]:
             return forward(x)
         made = forward(x.index_select(-2, read.index))
         whole = made.new_zeros(*x.shape[:-1], made.shape[-1])

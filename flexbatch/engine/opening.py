@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from flexbatch.engine.checkpoint_map import map_checkpoint
+from flexbatch.engine.checkpoint_map import ParameterSource, map_checkpoint
 from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
@@ -20,6 +21,7 @@ from flexbatch.engine.model import SteppedModel, build
 from flexbatch.engine.packed_sources import block_sources, pack_sources, smaller_form
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
+from flexbatch.errors import CapacityError, OutputError
 from flexbatch.memory.direct_io import choose_reader
 from flexbatch.memory.heap import Heap
 from flexbatch.memory.packed_file import OnProgress
@@ -29,6 +31,8 @@ from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.workload import column_slack
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNLIMITED = 1 << 62
@@ -137,6 +141,20 @@ def open_conversation(checkpoint: Checkpoint, policy: Policy, limits: Limits, op
     return Conversation(opened.stepped, opened.weights, opened.arena(policy, 1, options.span, 0), opened.storage)
 
 
+def _with_blocked_file(
+    stepped: SteppedModel, sources: dict[str, ParameterSource], options: EngineOptions
+) -> dict[str, ParameterSource]:
+    """The sources with streamed weights laid out, if they can be: only who asks for it must have it."""
+    most = options.blocked_file_bytes or 0
+    try:
+        return block_sources(stepped, sources, most, options.packed_folder, options.on_packing)
+    except (CapacityError, OutputError) as error:
+        if most >= UNLIMITED:
+            raise
+        logger.warning("Weights are streamed as they are stored: %s", error.message)
+        return sources
+
+
 def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: EngineOptions) -> _Opened:
     stepped = build(checkpoint.config, options.dtype)
     use_blocked_linears(stepped, options.dtype, options.device)
@@ -146,8 +164,7 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
         form = smaller_form(policy.weight_bits, integers)
         sources = pack_sources(stepped, sources, form, options.packed_folder, options.on_packing)
     elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
-        most, folder = options.blocked_file_bytes, options.packed_folder
-        sources = block_sources(stepped, sources, most, folder, options.on_packing)
+        sources = _with_blocked_file(stepped, sources, options)
     if stepped.lays_side_by_side:
         narrow(stepped.layer(stepped.num_layers - 1))
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)

@@ -23,7 +23,7 @@ from flexbatch.engine.linear_layers import BlockedLinear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
-from flexbatch.memory.packed_file import OnProgress, PackedTensor, has_packed, open_packed
+from flexbatch.memory.packed_file import OnProgress, PackedTensor, is_begun, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable
 from flexbatch.memory.safetensors_header import TensorEntry
@@ -112,13 +112,15 @@ def block_sources(
     cache_folder: Path,
     on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
-    """`sources` with the weights of all `BlockedLinear`s in a file of oneDNN's format: one that is there already, or a
-    new one if it takes no more than `most_bytes`; else as they are."""
+    """`sources` with the weights of all `BlockedLinear`s in a file of oneDNN's format: one that is there already or
+    begun, or a new one if it takes no more than `most_bytes`; else as they are.
+
+    CapacityError or OutputError where the file cannot be made."""
     chosen = _choose(stepped, sources, _blocked)
     layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
     size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout))
     made = dict(sources)
-    if layouts and (size <= most_bytes or has_packed(_plain(sources), layouts, cache_folder)):
+    if layouts and (size <= most_bytes or is_begun(_plain(sources), layouts, cache_folder)):
         for each, packed in _opened(sources, chosen, cache_folder, on_progress):
             made[each.name] = PackedSource(each.name, list(packed.parts.values()), packed=packed)
     return made

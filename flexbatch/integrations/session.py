@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from flexbatch.data.ledger import Ledger
 from flexbatch.data.writer import PartWriter
 from flexbatch.errors import ConfigError
 from flexbatch.records import Completion, Part, Prompt, Request, Row
+from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.generate import OnPass, generate
 from flexbatch.stages.identity import fingerprint
@@ -108,7 +110,8 @@ class Session:
             ledger.set_total(work.total or 0)
             if ledger.rows_written == work.total:
                 return
-            engine = open_for(config, model, work, plan_run(config, model, work), ledger.scratch)
+            notice = PackingNotice(sys.stderr, lambda: None)
+            engine = open_for(config, model, work, plan_run(config, model, work), ledger.scratch, on_packing=notice)
             try:
                 generate(engine, work, ledger, AnswerWriter(folder), on_pass or (lambda _result, _rows: None))
             finally:

@@ -75,10 +75,10 @@ def open_packed(
     }
 
 
-def has_packed(index: SafetensorsIndex, layouts: Mapping[str, Layout], cache_folder: Path) -> bool:
-    """Whether `open_packed` would find the file made and sound."""
-    sources = _sources(index, layouts)
-    return _sound(cache_folder / _key(sources, layouts), _identity(sources, layouts))
+def is_begun(index: SafetensorsIndex, layouts: Mapping[str, Layout], cache_folder: Path) -> bool:
+    """Whether the file that `open_packed` would look for has its room already: it is there, or a part of it."""
+    stem = cache_folder / _key(_sources(index, layouts), layouts)
+    return any(stem.with_suffix(suffix).exists() for suffix in (".safetensors", ".partial"))
 
 
 def _sources(index: SafetensorsIndex, layouts: Mapping[str, Layout]) -> dict[str, TensorEntry]:

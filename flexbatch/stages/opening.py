@@ -25,9 +25,11 @@ def open_for(
     scratch: Path,
     on_event: OnEvent | None = None,
     on_packing: OnProgress | None = None,
+    to_do: float = 1.0,
 ) -> Engine:
     """Loads what is resident and starts the stream of the rest. `scratch` takes what goes to disk;
-    `on_event` is told what computes, reads and copies, when, and `on_packing` how far a packed file is."""
+    `on_event` is told what computes, reads and copies, when, and `on_packing` how far a packed file is. This part of
+    the job is still `to_do`."""
     named = config.offload.disk_dir
     disk_folder = working_folder(named, "offload.disk_dir") if named else working_folder(str(scratch), "output.dir")
     limits, scan = plan.limits, work.scan
@@ -46,7 +48,7 @@ def open_for(
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,
             reader=config.offload.reader,
             packed_folder=cache / "packed",
-            blocked_file_bytes=blocked_file_bytes(config.offload.blocked_file, plan, cache),
+            blocked_file_bytes=blocked_file_bytes(config.offload.blocked_file, plan, cache, to_do),
             constraints=work.constraints,
             on_event=on_event,
             on_packing=on_packing,
@@ -54,10 +56,11 @@ def open_for(
     )
 
 
-def blocked_file_bytes(choice: str, plan: Plan, folder: Path) -> int | None:
-    """How much a new copy of the weights in the processor's order may take in `folder`; None: none is to be used."""
+def blocked_file_bytes(choice: str, plan: Plan, folder: Path, to_do: float) -> int | None:
+    """How much a new copy of the weights in the processor's order may take in `folder`, with this part of the job still
+    to do; None: none is to be used."""
     if choice == "never":
         return None
     if choice == "always":
         return UNLIMITED
-    return affordable_bytes(plan.prediction, plan.hardware, shutil.disk_usage(folder).free)
+    return affordable_bytes(plan.prediction, plan.hardware, shutil.disk_usage(folder).free, to_do)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from flexbatch.engine import opening
 from flexbatch.engine.engine import Vocabulary
 from flexbatch.engine.opening import UNLIMITED, Checkpoint, EngineOptions, Limits, open_engine
+from flexbatch.errors import OutputError
 from flexbatch.memory.blocked_weight import suits
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy, Shares
@@ -72,3 +73,21 @@ def test_a_copy_is_made_once_where_weights_are_streamed_and_only_as_large_as_all
         stream.truncate(file.stat().st_size // 2)
     assert completions("llama", STREAMED, tmp_path, UNLIMITED).keys() == torn.keys()
     assert file.stat().st_mtime_ns > made
+
+
+def test_a_copy_that_was_begun_is_gone_on_with_though_it_has_taken_its_room(tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    completions("llama", STREAMED, tmp_path, UNLIMITED)
+    (file,) = folder.glob("*.safetensors")
+    file.rename(file.with_suffix(".partial"))
+    completions("llama", STREAMED, tmp_path, 0)
+    assert file.exists()
+    assert not list(folder.glob("*.partial"))
+
+
+def test_where_no_copy_can_be_made_the_job_goes_on_without_unless_it_must_have_one(tmp_path: Path) -> None:
+    (tmp_path / "packed").write_text("in the way")
+    plenty = UNLIMITED - 1
+    assert len(completions("llama", STREAMED, tmp_path, plenty)) == 7
+    with pytest.raises(OutputError):
+        completions("llama", STREAMED, tmp_path, UNLIMITED)
