@@ -95,8 +95,7 @@ def _generate(
                 trace.event(kind, name, started, ended, nbytes)
 
         packing = PackingNotice(sys.stderr, stop.check)
-        to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
-        engine = open_for(config, model, work, plan, ledger.scratch, on_event, packing, to_do)
+        engine = open_for(config, model, work, plan, ledger.scratch, on_event, packing, _to_do(work, ledger))
         tally = _pass_by_pass(engine, work, plan, ledger, writer, stop, watch)
         _tell(plan, tally.measured(peak_memory(model.device)), ledger)
 
@@ -119,14 +118,18 @@ def _generate(
             trace.close()
 
 
+def _to_do(work: Work, ledger: Ledger) -> float:
+    """The part of the rows that is not done; all, where nobody knows how many there are."""
+    return 1.0 - ledger.rows_done / work.total if work.total else 1.0
+
+
 def _pass_by_pass(
     engine: Engine, work: Work, plan: Plan, ledger: Ledger, writer: PartWriter, stop: StopSignal, watch: DiskWatch
 ) -> Tally:
     """Runs the engine to the end of the work, with everything that looks on, and closes it."""
     ledger.save_plan(plan_record(plan))
     tally = Tally()
-    to_do = 1.0 - ledger.rows_done / work.total if work.total else 1.0
-    planned = plan.prediction.seconds * to_do
+    planned = plan.prediction.seconds * _to_do(work, ledger)
     with (
         contextlib.closing(engine),
         Timeline(ledger.folder) as timeline,

@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from flexbatch.engine.causal_mask import visible
 from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.kernels.decode_attention import decode_attention, suits
 
@@ -295,4 +296,4 @@ def _attend_in_pieces(
 @lru_cache(maxsize=64)
 def _causal_mask(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
     """What queries `first` to `last` - 1 add to their scores of the keys up to `last` - 1, `[1, 1, queries, keys]`."""
-    return torch.full((1, 1, last - first, last), torch.finfo(dtype).min, dtype=dtype).triu_(first + 1)
+    return visible(torch.ones(1, last, dtype=torch.long), last - first, dtype)

@@ -26,6 +26,7 @@ from flexbatch.engine.cache_layers import (
     PrefixLayer,
     SideBySideLayer,
 )
+from flexbatch.engine.causal_mask import visible
 from flexbatch.engine.head import Read, Reader, SlicedHead
 from flexbatch.engine.kv_arena import KVArena, LayerStore
 from flexbatch.engine.model import SteppedModel
@@ -104,10 +105,10 @@ class Caller:
         starts = list(itertools.accumulate((piece.tokens for piece in pieces), initial=0))
         spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         masks = [visible(piece.mask, piece.ids.shape[1], dtype) if _is_masked(piece) else None for piece in pieces]
-        rows, read = [len(piece.ids) for piece in pieces], [piece.read for piece in pieces]
+        rows = [len(piece.ids) for piece in pieces]
         caches: list[CacheLayerMixin] = [
             SideBySideLayer([Stretch(*each) for each in zip(spans, rows, layers, masks, wanted, strict=True)])
-            for layers, wanted in self._by_layer(pieces, read)
+            for layers, wanted in _by_layer(pieces)
         ]
         inputs = {
             "input_ids": torch.cat([*(piece.ids.flatten() for piece in pieces), spare])[None],
@@ -121,14 +122,6 @@ class Caller:
             inputs,
             [(span, len(piece.ids), piece.kept, piece.reader) for span, piece in zip(spans, pieces, strict=True)],
         )
-
-    def _by_layer(
-        self, pieces: Sequence[Piece[Any]], read: Sequence[int]
-    ) -> Iterator[tuple[Sequence[CacheLayerMixin], Sequence[int | None]]]:
-        """The pieces' cache layers, layer by layer, and what is asked of each: in the last layer what is read of it."""
-        layers = list(zip(*(piece.layers for piece in pieces), strict=True))
-        yield from ((each, [None] * len(pieces)) for each in layers[:-1])
-        yield layers[-1], read
 
     def decode(self, rows: Sequence[DecodeRow], reader: Reader[Read]) -> Piece[Read]:
         """The next token of the slots 0 to rows - 1."""
@@ -227,13 +220,11 @@ class Caller:
         return ids.to(self.device), mask.to(self.device), any(len(prompt) < width for prompt in prompts)
 
 
-def visible(mask: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to attention scores, `[rows, 1, tokens, columns]`: the last `tokens` columns are the queries' own; a
-    query sees what `mask` (int64 `[rows, columns]`) lets it and no column after its own."""
-    columns = mask.shape[1]
-    causal = torch.ones(tokens, columns, dtype=torch.bool, device=mask.device).tril(columns - tokens)
-    seen = causal[None, None] & mask.bool()[:, None, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, torch.finfo(dtype).min)
+def _by_layer(pieces: Sequence[Piece[Any]]) -> Iterator[tuple[Sequence[CacheLayerMixin], Sequence[int | None]]]:
+    """The pieces' cache layers, layer by layer, and what is asked of each: in the last layer what is read of it."""
+    *others, last = zip(*(piece.layers for piece in pieces), strict=True)
+    yield from ((layers, [None] * len(pieces)) for layers in others)
+    yield last, [piece.read for piece in pieces]
 
 
 def _is_masked(piece: Piece[Any]) -> bool:

@@ -129,11 +129,11 @@ def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]
 def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     """FLOP/s of a linear layer by rows, as the engine has it. Weights come from memory: two in turn, larger than a
     cache."""
-    weights = [_as_multiplied(random_values((HIDDEN, HIDDEN), dtype, device)) for _ in range(2)]
+    weights = [as_multiplied(random_values((HIDDEN, HIDDEN), dtype, device)) for _ in range(2)]
     rates = {}
     for rows in ROWS:
         in_turn = weights[: 1 if rows >= MANY_ROWS else 2]  # with many rows it does not matter where weights come from
-        work = partial(_linears, random_values((rows, HIDDEN), dtype, device), in_turn)
+        work = partial(_products, random_values((rows, HIDDEN), dtype, device), in_turn)
         rates[rows] = 2.0 * rows * HIDDEN * HIDDEN * len(in_turn) / seconds_of(work, device)
     return rates
 
@@ -165,17 +165,19 @@ def _width_factors(products: Mapping[int, float], square: float) -> dict[int, fl
     return factors
 
 
-def _as_multiplied(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as the engine lays it."""
+def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `[out, in]` as the engine lays it."""
     return lay_out(weight) if weight.device.type == "cpu" and suits(weight.dtype) else weight
 
 
-def _linears(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`inputs` `[rows, in]` times a weight that is laid so."""
+    return linear(inputs, weight, None) if weight.is_mkldnn else functional.linear(inputs, weight)
+
+
+def _products(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
     for weight in weights:
-        if weight.is_mkldnn:
-            linear(inputs, weight, None)
-        else:
-            functional.linear(inputs, weight)
+        product(inputs, weight)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -272,7 +274,7 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
         cpu[thread] = time.thread_time() - started
 
     inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
-    products = partial(_linears, inputs, [_as_multiplied(weight)] * 2)
+    products = partial(_products, inputs, [as_multiplied(weight)] * 2)
     alone = seconds_of(products, device, at_least=0.3)
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started, count = time.perf_counter(), 0

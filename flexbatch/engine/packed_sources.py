@@ -23,7 +23,7 @@ from flexbatch.engine.linear_layers import BlockedLinear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
-from flexbatch.memory.packed_file import OnProgress, PackedTensor, is_begun, open_packed
+from flexbatch.memory.packed_file import OnProgress, PackedTensor, holds_none, is_begun, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable
 from flexbatch.memory.safetensors_header import TensorEntry
@@ -116,8 +116,11 @@ def block_sources(
     begun, or a new one if it takes no more than `most_bytes`; else as they are.
 
     CapacityError or OutputError where the file cannot be made."""
+    numbers = sum(module.weight.numel() for *_, module in _matrices(stepped) if isinstance(module, BlockedLinear))
+    if numbers * torch.bfloat16.itemsize > most_bytes and holds_none(cache_folder):
+        return dict(sources)  # finding the format would lay a matrix of each shape out
     chosen = _choose(stepped, sources, _blocked)
-    layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
+    layouts = _layouts(chosen)
     size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout))
     made = dict(sources)
     if layouts and (size <= most_bytes or is_begun(_plain(sources), layouts, cache_folder)):
@@ -128,24 +131,21 @@ def block_sources(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A parameter to pack: its name, its name inside the layer, its module, and how."""
+    """A parameter to pack: its name, its name inside the layer, the stored tensor, its module, and how."""
 
     name: str
     kind: str
+    stored: TensorEntry
     module: nn.Module
     layout: Layout
 
 
-def _choose(
-    stepped: SteppedModel,
-    sources: Mapping[str, ParameterSource],
-    form: Form,
-) -> list[_Chosen]:
+def _choose(stepped: SteppedModel, sources: Mapping[str, ParameterSource], form: Form) -> list[_Chosen]:
     chosen = []
     for name, kind, module in _matrices(stepped):
         source = sources[name]
         if source.converter is None and (layout := form(source.entries[0], module)) is not None:
-            chosen.append(_Chosen(name, kind, module, layout))
+            chosen.append(_Chosen(name, kind, source.entries[0], module, layout))
     return chosen
 
 
@@ -155,9 +155,13 @@ def _opened(
     cache_folder: Path,
     on_progress: OnProgress | None,
 ) -> Iterator[tuple[_Chosen, PackedTensor]]:
-    layouts = {sources[each.name].entries[0].name: each.layout for each in chosen}
-    packed = open_packed(_plain(sources), layouts, cache_folder, on_progress=on_progress)
-    return ((each, packed[sources[each.name].entries[0].name]) for each in chosen)
+    packed = open_packed(_plain(sources), _layouts(chosen), cache_folder, on_progress=on_progress)
+    return ((each, packed[each.stored.name]) for each in chosen)
+
+
+def _layouts(chosen: Sequence[_Chosen]) -> dict[str, Layout]:
+    """By the names of the stored tensors."""
+    return {each.stored.name: each.layout for each in chosen}
 
 
 def _plain(sources: Mapping[str, ParameterSource]) -> SafetensorsIndex:

@@ -99,14 +99,12 @@ class BlockedLayout:
 
     @property
     def _form(self) -> BlockedForm:
-        rows, columns = self.shape
-        return blocked_form((rows, columns), torch.bfloat16)
+        return blocked_form(self.shape, torch.bfloat16)
 
 
 def blocked_layout(shape: tuple[int, ...]) -> BlockedLayout:
     """The layout of a weight `[out, in]` on this machine, which must suit bfloat16."""
-    rows, columns = shape
-    return BlockedLayout(shape, blocked_form((rows, columns), torch.bfloat16).key)
+    return BlockedLayout(shape, blocked_form(shape, torch.bfloat16).key)
 
 
 def lay_out(weight: torch.Tensor) -> torch.Tensor:
@@ -120,7 +118,7 @@ def lay_out(weight: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def blocked_form(shape: tuple[int, int], dtype: torch.dtype) -> BlockedForm:
+def blocked_form(shape: tuple[int, ...], dtype: torch.dtype) -> BlockedForm:
     """The form of a weight `[out, in]` of this shape: one of zeros is laid out and thrown away."""
     laid_out = lay_out(torch.zeros(shape, dtype=dtype))
     descriptor = torch.ops.mkldnn._get_mkldnn_serialized_md(laid_out)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
-from flexbatch.memory.blocked_weight import ZERO_POINT, blocked_bytes, blocked_form, integer_product, lay_out, suits
+from flexbatch.memory.blocked_weight import (
+    ZERO_POINT,
+    BlockedForm,
+    blocked_bytes,
+    blocked_form,
+    integer_product,
+    lay_out,
+    suits,
+)
 
 LARGEST = 127
 CHUNK = 1 << 19
@@ -68,27 +76,21 @@ class BlockedInt8Layout:
 
     @property
     def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
-        rows, columns = self.shape
-        return (
-            ("q", torch.int8, (blocked_form((rows, columns), torch.int8).nbytes,)),
-            ("scale", torch.float32, (rows,)),
-        )
+        return (("q", torch.int8, (self._form.nbytes,)), ("scale", torch.float32, (self.shape[0],)))
 
     def weight(self, values: torch.Tensor) -> torch.Tensor:
         """The weight for `int8_linear` over its stored values, which must outlive it."""
-        rows, columns = self.shape
-        return blocked_form((rows, columns), torch.int8).over(values)
+        return self._form.over(values)
 
-
-def int8_weight(values: torch.Tensor) -> torch.Tensor:
-    """`values` int8 [out, in] as a weight for `int8_sums`, in the order that this machine multiplies fastest."""
-    return lay_out(values) if suits(torch.int8) else values.mT.contiguous().mT
+    @property
+    def _form(self) -> BlockedForm:
+        return blocked_form(self.shape, torch.int8)
 
 
 def int8_layout(shape: tuple[int, ...]) -> Int8Layout | BlockedInt8Layout:
     """The layout that this machine multiplies fastest."""
     if len(shape) == 2 and suits(torch.int8):
-        return BlockedInt8Layout(shape, blocked_form((shape[0], shape[1]), torch.int8).key)
+        return BlockedInt8Layout(shape, blocked_form(shape, torch.int8).key)
     return Int8Layout(shape)
 
 

@@ -29,6 +29,7 @@ from flexbatch.memory.safetensors_header import TensorEntry
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 
 FORMAT_VERSION = 1
+PREFIX = "packed-"
 
 OnProgress = Callable[[int, int], None]
 """Called with source bytes packed so far, and all of them."""
@@ -75,6 +76,11 @@ def open_packed(
     }
 
 
+def holds_none(cache_folder: Path) -> bool:
+    """Whether no packed file was ever begun there."""
+    return not any(cache_folder.glob(f"{PREFIX}*"))
+
+
 def is_begun(index: SafetensorsIndex, layouts: Mapping[str, Layout], cache_folder: Path) -> bool:
     """Whether the file that `open_packed` would look for has its room already: it is there, or a part of it."""
     stem = cache_folder / _key(_sources(index, layouts), layouts)
@@ -110,7 +116,7 @@ def _identity(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout])
 def _key(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> str:
     """The file's name: the same for a source that has changed, so that a stale file is replaced, not left behind."""
     parts = [[name, str(entry.file.resolve()), repr(layouts[name])] for name, entry in sources.items()]
-    return "packed-" + hashlib.sha256(json.dumps([FORMAT_VERSION, parts]).encode()).hexdigest()[:24]
+    return PREFIX + hashlib.sha256(json.dumps([FORMAT_VERSION, parts]).encode()).hexdigest()[:24]
 
 
 @contextmanager

@@ -5,22 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from transformers import AutoConfig
 
 from flexbatch.bench.trial import Outcome, Trial
 from flexbatch.checkpoint.architecture import expected_tensors
 from flexbatch.engine.calibration import measure_hardware
-from flexbatch.engine.measurement import seconds_of
+from flexbatch.engine.measurement import as_multiplied, product, seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import EngineError
-from flexbatch.memory.blocked_weight import lay_out, linear, suits
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
-from flexbatch.memory.int8_linear import int8_sums, int8_weight
+from flexbatch.memory.int8_linear import int8_layout, int8_sums
 
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)
 CHUNK = 8 << 20
@@ -64,15 +61,12 @@ def least_seconds(work: Callable[[], object]) -> float:
 @torch.inference_mode()
 def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
     """FLOP/s of one layer's matrices in turn: together they are larger than a cache, as streamed weights are."""
-    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    weights = [as_multiplied(torch.randn(shape, dtype=dtype)) for shape in shapes]
     inputs = {width: torch.randn(rows, width, dtype=dtype) for _, width in shapes}
-    multiply = functional.linear
-    if suits(dtype):
-        weights, multiply = [lay_out(weight) for weight in weights], partial(linear, bias=None)
 
     def work() -> None:
         for weight in weights:
-            multiply(inputs[weight.shape[1]], weight)
+            product(inputs[weight.shape[1]], weight)
 
     return 2.0 * rows * sum(weight.numel() for weight in weights) / least_seconds(work)
 
@@ -80,9 +74,10 @@ def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) 
 @torch.inference_mode()
 def int8_rate(shapes: Sequence[tuple[int, int]], rows: int) -> float:
     """The same for integer products (without the scaling of activations around them), weights laid as they are kept."""
-    values = [torch.randint(-9, 9, shape, dtype=torch.int8) for shape in shapes]
+    layouts = [int8_layout(tuple(shape)) for shape in shapes]
+    stored = [layout.pack(torch.randn(layout.shape, dtype=torch.bfloat16))[0] for layout in layouts]
+    weights = [(layout.shape[1], layout.weight(values)) for layout, values in zip(layouts, stored, strict=True)]
     inputs = {width: torch.randint(-9, 9, (rows, width), dtype=torch.int8) for _, width in shapes}
-    weights = [(width, int8_weight(each)) for each, (_, width) in zip(values, shapes, strict=True)]
 
     def work() -> None:
         for width, weight in weights:
