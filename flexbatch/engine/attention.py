@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,14 +22,12 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from flexbatch.engine.causal_mask import visible
 from flexbatch.engine.last_layer import ReadTokens, compute_only
-from flexbatch.kernels.decode_attention import decode_attention, suits
+from flexbatch.kernels import decode_attention, prefill_attention
 
 NAME = "flexbatch_merging"
-CAUSAL_PIECE = 64
-"""Queries that see keys up to the last of them at once, the later keys left out."""
-KEY_BLOCK = 512
+FEWEST_QUERIES = 9
+"""For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,13 @@ class Carried:
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
-    layer of their own and what to add to their scores (None: each row sees itself, causally). Of each row attention is
-    asked for the last `read` tokens (None: for all)."""
+    layer of their own. Each sees its keys from `starts` (int64 `[rows]`) up to itself; `mask` is what that adds to
+    scores (None: nothing but causality). Of each row attention is asked for the last `read` tokens (None: for all)."""
 
     tokens: slice
     rows: int
     cache: CacheLayerMixin
+    starts: torch.Tensor
     mask: torch.Tensor | None
     read: int | None = None
 
@@ -128,25 +126,57 @@ def merging_attention(
     stretches: Sequence[Stretch] = getattr(key, "stretches", ())
     if stretches:
         return _attend_stretches(stretches, module, query, key, value, dropout, scaling, **kwargs), None
+    starts = torch.zeros(len(query), dtype=torch.long) if attention_mask is None and query.shape[2] > 1 else None
+    return _attend_rows(module, query, key, value, attention_mask, starts, dropout, scaling, **kwargs), None
+
+
+def _attend_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`merging_attention` of what is not side by side. Where `starts` are given they say the same as `mask`."""
     carried: Carried | None = getattr(key, "carried", None)
-    if carried is None and (is_slow_alone(query) or (attention_mask is None and is_slow_causally(query))):
-        carried = Carried((), ())
-    if carried is None:
-        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-        return result
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    parts = carried.parts or (OwnKeys(key, value, slice(None)),)
-    made = [attend_own(query, part, attention_mask, scale) for part in parts]
-    if not carried.shared and len(made) == 1:
-        return made[0][0].transpose(1, 2).contiguous(), None
+    if starts is not None and _is_many(query, key, value) and (shared := _one_prefix(carried, key, value)):
+        output, _ = prefill_attention.prefill_attention(query, shared, (key, value), starts, scale)
+        return output.transpose(1, 2).contiguous()
+    if carried is None and not is_slow_alone(query):
+        result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
+        return result
+    parts = (carried.parts if carried else ()) or (OwnKeys(key, value, slice(None)),)
+    made = [attend_own(query, part, mask, scale) for part in parts]
+    if not (carried and carried.shared) and len(made) == 1:
+        return made[0][0].transpose(1, 2).contiguous()
     output = torch.cat([output for output, _ in made]).float()
     weight = torch.cat([weight for _, weight in made])
-    for prefix in carried.shared:
+    for prefix in carried.shared if carried else ():
         theirs, their_weight = attend_prefix(query[prefix.rows], prefix.keys, prefix.values, scale)
         output[prefix.rows] = merge(output[prefix.rows], weight[prefix.rows], theirs.float(), their_weight)
-    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+    return output.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _is_many(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are for the kernel for prompts."""
+    return query.shape[2] >= FEWEST_QUERIES and prefill_attention.suits(query, key, value)
+
+
+def _one_prefix(
+    carried: Carried | None, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The keys and values that all rows share before their own, without columns if there are none; None where rows
+    differ in that, or where their own keys lie on several tiers."""
+    if carried is None or not (carried.shared or carried.parts):
+        return key[:1, :, :0], value[:1, :, :0]
+    if carried.parts or len(carried.shared) > 1 or len(carried.shared[0].rows) < len(key):
+        return None
+    return carried.shared[0].keys, carried.shared[0].values
 
 
 def _attend_stretches(
@@ -169,7 +199,7 @@ def _attend_stretches(
         asking, mask = stretch.own(query), stretch.mask
         if stretch.read == 1:
             asking, mask = asking[:, :, -1:], None if mask is None else mask[:, :, -1:]
-        own, _ = merging_attention(module, asking, keys, values, mask, dropout, scaling, **kwargs)
+        own = _attend_rows(module, asking, keys, values, mask, stretch.starts, dropout, scaling, **kwargs)
         output[0, stretch.tokens].view(stretch.rows, -1, *output.shape[2:])[:, -own.shape[1] :] = own
     asked = sum(stretch.rows * stretch.read for stretch in stretches if stretch.read is not None)
     if stretches[0].read is not None and 2 * asked < query.shape[2]:
@@ -212,13 +242,6 @@ def is_slow_alone(query: torch.Tensor) -> bool:
     return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
 
 
-def is_slow_causally(query: torch.Tensor) -> bool:
-    """Whether torch's own function computes much that is masked: on a CPU queries see keys in blocks of 512, so it does
-    in the only block, and in several it leaves out enough (docs/benchmarks.md)."""
-    few = 2 * CAUSAL_PIECE < query.shape[2] <= KEY_BLOCK
-    return few and query.device.type == "cpu" and query.dtype != torch.float32
-
-
 def merge(
     first: torch.Tensor, first_weight: torch.Tensor, second: torch.Tensor, second_weight: torch.Tensor
 ) -> torch.Tensor:
@@ -252,10 +275,13 @@ def attend(
     `mask` is Transformers': bool (true: may see) or additive. Without one, several queries see causally (`causal`).
     """
     causal = causal and mask is None and query.shape[2] > 1
-    if causal and is_slow_causally(query):
-        return _attend_in_pieces(query, key, value, scale)
-    if not causal and suits(query, key, value, mask):
-        return decode_attention(query, key, value, mask, scale)
+    if mask is None and (causal or len(key) == 1) and _is_many(query, key, value):
+        none = key[:, :, :0], value[:, :, :0]
+        sources = (none, (key, value)) if causal else ((key, value), none)
+        starts = torch.zeros(len(query), dtype=torch.long)
+        return prefill_attention.prefill_attention(query, *sources, starts, scale)
+    if not causal and decode_attention.suits(query, key, value, mask):
+        return decode_attention.decode_attention(query, key, value, mask, scale)
     if mask is not None and mask.dtype == torch.bool:
         # Finite, so that a row that may see nothing (padding) stays free of NaN.
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
@@ -277,23 +303,3 @@ def attend(
     elif mask is not None:
         scores = scores + mask
     return torch.matmul(scores.softmax(-1).to(value.dtype), value), scores.logsumexp(-1)
-
-
-def _attend_in_pieces(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` where a query sees its own and earlier keys: a few queries at a time, with no key after their last."""
-    outputs, weights = [], []
-    for first in range(0, query.shape[2], CAUSAL_PIECE):
-        last = min(first + CAUSAL_PIECE, query.shape[2])
-        mask = _causal_mask(first, last, query.dtype)
-        output, weight = attend(query[:, :, first:last], key[:, :, :last], value[:, :, :last], mask, scale)
-        outputs.append(output)
-        weights.append(weight)
-    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2)
-
-
-@lru_cache(maxsize=64)
-def _causal_mask(first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-    """What queries `first` to `last` - 1 add to their scores of the keys up to `last` - 1, `[1, 1, queries, keys]`."""
-    return visible(torch.ones(1, last, dtype=torch.long), last - first, dtype)

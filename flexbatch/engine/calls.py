@@ -105,9 +105,12 @@ class Caller:
         starts = list(itertools.accumulate((piece.tokens for piece in pieces), initial=0))
         spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         masks = [visible(piece.mask, piece.ids.shape[1], dtype) if _is_masked(piece) else None for piece in pieces]
+        seen_from = [(piece.mask == 0).sum(1) for piece in pieces]  # masks have their zeros at the left
         rows = [len(piece.ids) for piece in pieces]
         caches: list[CacheLayerMixin] = [
-            SideBySideLayer([Stretch(*each) for each in zip(spans, rows, layers, masks, wanted, strict=True)])
+            SideBySideLayer(
+                [Stretch(*each) for each in zip(spans, rows, layers, seen_from, masks, wanted, strict=True)]
+            )
             for layers, wanted in _by_layer(pieces)
         ]
         inputs = {

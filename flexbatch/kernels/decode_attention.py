@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import ARITHMETIC, exponential, widened
 from flexbatch.kernels.threads import on_all_threads
 
@@ -46,8 +47,8 @@ def decode_attention(
     added = torch.zeros(1, columns) if mask is None else _added(mask[:, 0, 0])
     arguments = (
         query.float().contiguous().numpy(),
-        *(_flat(key), key.stride()[:3]),
-        *(_flat(value), value.stride()[:3]),
+        *(flat(key), key.stride()[:3]),
+        *(flat(value), value.stride()[:3]),
         added.expand(rows, columns).contiguous().numpy(),
         np.float32(scale),
         output.numpy(),
@@ -63,13 +64,6 @@ def _added(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape).masked_fill_(~mask, LOWEST)
     return mask.float()
-
-
-def _flat(states: torch.Tensor) -> Any:
-    """The memory from the first to the last number of `states`, uint16 in one dimension: the kernel counts strides
-    itself, because only then the compiler knows that a token's numbers are side by side."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(states.shape, states.stride(), strict=True))
-    return states.as_strided((span,), (1,)).view(torch.uint16).numpy()
 
 
 @njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")

@@ -144,14 +144,14 @@ def blocked_bytes(laid_out: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x` `[..., in]` bfloat16 times an opaque or plain weight `[out, in]`, plus `bias` `[out]`, added in float32
     within the product: what `torch.nn.functional.linear` returns, without a second pass over the result."""
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return product
 
 
 def integer_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`values` uint8 `[rows, in]`, each `ZERO_POINT` too large, times an opaque int8 weight: the exact sums, rounded to
     float32 `[rows, out]`."""
-    sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+    sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
         values, 1.0, ZERO_POINT, weight, _ones(), _zeros(), None, 1.0, 0, torch.float32, "none", [], ""
     )
     return sums
