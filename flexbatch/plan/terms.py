@@ -93,7 +93,8 @@ def prefill_terms(
     )
     yield activation_term("prefill activations", spec, hardware, tokens)
     length = workload.own_squares / workload.own_tokens
-    attention = spec.attention_flops(own, length + workload.shared_tokens)
+    attention = spec.attention_flops(own, length)
+    attention += prefix_pairs(hardware) * spec.attention_flops(own, workload.shared_tokens)
     attention += load.groups * spec.attention_flops(workload.shared_tokens, workload.shared_tokens)
     yield _compute("prefill attention", attention, hardware.attention_flops)
     yield _compute("head", 2.0 * load.joining * spec.head_parameters, head_rate(spec, hardware, load.joining))
@@ -122,7 +123,8 @@ def decode_terms(
     if workload.shared_tokens:
         groups = -(-load.decoding // workload.rows_per_group)
         prefix = groups * attended_bytes(spec, workload.shared_tokens)
-        work = spec.attention_flops(load.decoding, workload.shared_tokens) / hardware.attention_flops
+        work = prefix_pairs(hardware) * spec.attention_flops(load.decoding, workload.shared_tokens)
+        work /= hardware.attention_flops
         yield Term("decode attention to prefixes", resource, prefix / rate + work, prefix, "bytes")
     yield _compute("head", 2.0 * load.decoding * spec.head_parameters, head_rate(spec, hardware, load.decoding))
 
@@ -222,6 +224,12 @@ def activation_term(what: str, spec: ModelSpec, hardware: HardwareProfile, token
     """What lies between the matrix products, by the numbers that a token's way through all layers touches."""
     numbers = tokens * spec.activation_numbers
     return Term(what, Resource.COMPUTE, numbers / hardware.activation_numbers, numbers, "numbers")
+
+
+def prefix_pairs(hardware: HardwareProfile) -> float:
+    """What a query and a key before its prompt cost, in pairs of a prompt with itself: half of those are masked, and a
+    CPU's kernel leaves them out."""
+    return 1.0 if hardware.has_accelerator else 2.0
 
 
 def attended_bytes(spec: ModelSpec, positions: float) -> float:
