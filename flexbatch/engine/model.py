@@ -4,6 +4,9 @@ A *stop* is a module whose weights are supplied by the engine: every decoder lay
 that holds more than a few parameters (token embedding, position table, output head). Small modules between the stops
 (norms, projections of a few kilobytes) keep their weights for good. A forward meets the stops in one fixed order,
 which is what lets many micro-batches walk through the model side by side.
+
+Of a large layer every linear module is a stop of its own, so that no more than two matrices are in memory at a time
+where two layers would be: room for more of the KV cache.
 """
 
 from __future__ import annotations
@@ -25,15 +28,19 @@ from flexbatch.errors import ModelError
 
 # Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
 SMALL_MODULE_PARAMETERS = 65_536
+# Layers with fewer parameters than this are one stop: what each stop costs is then more than the memory brings.
+LARGE_LAYER_PARAMETERS = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A module at which micro-batches wait until its weights are there. `layer` is None outside the decoder layers."""
+    """A module at which micro-batches wait until its weights are there. `layer` is the number of the decoder layer that
+    it is, else None; `inside` that of the layer of which it is a part. A layer with parts has no weights itself."""
 
     name: str
     module: nn.Module
-    layer: int | None
+    layer: int | None = None
+    inside: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,22 @@ class SteppedModel:
         """A decoder layer's module."""
         return next(stop.module for stop in self.stops if stop.layer == number)
 
+    def paths_in_layers(self) -> dict[str, tuple[int, str]]:
+        """The layer of each stop that is a part of one, and the part's name inside it."""
+        layers = {stop.layer: stop.name for stop in self.stops if stop.layer is not None}
+        return {
+            stop.name: (stop.inside, stop.name.removeprefix(layers[stop.inside]))
+            for stop in self.stops
+            if stop.inside is not None
+        }
+
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
         owners: dict[str, str | None] = {}
-        prefixes = [(stop.name + ".", stop.name) for stop in self.stops]
+        divided = {stop.inside for stop in self.stops}
+        prefixes = [
+            (stop.name + ".", stop.name) for stop in self.stops if stop.layer is None or stop.layer not in divided
+        ]
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             owners[name] = next((stop for prefix, stop in prefixes if name.startswith(prefix)), None)
         return owners
@@ -80,8 +99,9 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     model.tie_weights()
     model.eval()
     layers = decoder_layers(model)
-    stops = tuple(_stops(model, layers))
     takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+    # Where a pass makes many calls, each would wait in the middle of a layer with all that it has computed there.
+    stops = tuple(_stops(model, layers, divides=merges and takes_position_ids))
     return SteppedModel(model, stops, len(layers), takes_position_ids, merges)
 
 
@@ -114,14 +134,30 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _stops(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[Stop]:
+def _stops(model: PreTrainedModel, layers: nn.ModuleList, *, divides: bool) -> Iterator[Stop]:
     layer_of = {id(layer): index for index, layer in enumerate(layers)}
     inside = {id(child) for layer in layers for child in layer.modules()}
     for name, module in model.named_modules():
         if id(module) in layer_of:
-            yield Stop(name, module, layer_of[id(module)])
+            index = layer_of[id(module)]
+            yield Stop(name, module, index)
+            if divides and _is_divisible(module):
+                yield from (Stop(f"{name}.{path}", part, inside=index) for path, part in _linear_modules(module))
         elif id(module) not in inside and _own_parameters(module) >= SMALL_MODULE_PARAMETERS:
-            yield Stop(name, module, None)
+            yield Stop(name, module)
+
+
+def _is_divisible(layer: nn.Module) -> bool:
+    """Whether the layer is large, and one call of each of its linear modules is all that happens to its matrices (lists
+    of modules are experts, of which a token meets some)."""
+    matrices = sum(value.numel() for value in layer.parameters() if value.ndim >= 2)
+    in_linear_modules = sum(module.weight.numel() for _, module in _linear_modules(layer))
+    lists = any(isinstance(module, nn.ModuleList) for module in layer.modules())
+    return matrices >= LARGE_LAYER_PARAMETERS and matrices == in_linear_modules and not lists
+
+
+def _linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(path, module) for path, module in layer.named_modules() if type(module) is nn.Linear]
 
 
 def _own_parameters(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from flexbatch.engine.model import SteppedModel, build
+from flexbatch.engine.model import SteppedModel, Stop, build
 from flexbatch.errors import ModelError
 from flexbatch.plan.model_spec import AttentionShape, LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
 
@@ -35,7 +35,7 @@ def spec_from_config(
             remedy="Correct the field that the message names in the model's config.json or in model.config.",
         ) from error
     layers = tuple(
-        _layer(stop.module, config, attention, stop.layer) for stop in stepped.stops if stop.layer is not None
+        _layer(stop, stepped, config, attention, stop.layer) for stop in stepped.stops if stop.layer is not None
     )
     outside = _outside(stepped)
     total = sum(parameter.numel() for parameter in stepped.model.parameters())
@@ -88,15 +88,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer(layer: nn.Module, config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
-    parameters = list(layer.parameters())
+def _layer(
+    layer: Stop, stepped: SteppedModel, config: PreTrainedConfig, attention: AttentionShape, index: int
+) -> LayerSpec:
+    parts = [stop for stop in stepped.stops if stop.inside == index] or [layer]
+    parameters = [parameter for part in parts for parameter in part.module.parameters()]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     experts = [parameter for parameter in matrices if parameter.ndim == 3]
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     # Experts are stored as one stack of matrices; a token is multiplied with the chosen ones only.
     idle = sum(parameter.numel() - parameter.numel() * chosen // parameter.shape[0] for parameter in experts)
     return LayerSpec(
-        tensors=tuple((parameter.numel(), parameter.ndim >= 2) for parameter in parameters),
+        parts=tuple(tuple((value.numel(), value.ndim >= 2) for value in part.module.parameters()) for part in parts),
         active_parameters=sum(parameter.numel() for parameter in matrices) - idle,
         query_size=attention.query_size,
         kv_size=attention.kv_size,
@@ -110,7 +113,7 @@ def _outside(stepped: SteppedModel) -> tuple[OutsideSpec, ...]:
     modules = []
     last = False
     for stop in stepped.stops:
-        if stop.layer is not None:
+        if stop.layer is not None or stop.inside is not None:
             last = True
             continue
         own = list(stop.module.parameters(recurse=False))

@@ -64,6 +64,25 @@ def place_sources(stops: Sequence[Stop], slots: Mapping[str | None, Sequence[Slo
     return dict(zip(sources, tiers, strict=True))
 
 
+def in_order_of_use(order: Sequence[str], position: int, name: str, paths: Mapping[str, tuple[int, str]]) -> list[str]:
+    """`order` with the stop `name` at `position` instead of later; where both it and the stop that was expected there
+    are parts of a layer (`paths` says of which, and which), so are their likes in all other layers."""
+    expected, moved = order[position], [each for each in order if each != name]
+    moved.insert(position, name)
+    layer, path = paths.get(name, (-1, ""))
+    other_layer, other = paths.get(expected, (-2, ""))
+    if layer != other_layer:
+        return moved
+    streamed = set(order)
+    stops = {place: each for each, place in paths.items() if each in streamed}
+    for later in {number for number, _ in paths.values()} - {layer}:
+        mine, theirs = stops.get((later, path)), stops.get((later, other))
+        if mine is not None and theirs is not None and moved.index(mine) > moved.index(theirs):
+            moved.remove(mine)
+            moved.insert(moved.index(theirs), mine)
+    return moved
+
+
 class Weights:
     """Supplies a stop's weights for as long as the walk is at it (`ready`)."""
 
@@ -85,6 +104,7 @@ class Weights:
         self._packed: dict[str, torch.Tensor] = {}
         self._load_residents(sources)
         self._order = [stop.name for stop in stepped.stops if self._streamed(stop.name)]
+        self._paths = stepped.paths_in_layers()
         self._position, self._stream = 0, None
         self._stream = self._open_stream() if self._order else None
 
@@ -136,8 +156,7 @@ class Weights:
         assert self._stream is not None
         if self._order[self._position] != name:
             self._stream.close()
-            self._order.remove(name)
-            self._order.insert(self._position, name)
+            self._order = in_order_of_use(self._order, self._position, name, self._paths)
             self._stream = self._open_stream()
         self._position = (self._position + 1) % len(self._order)
         return self._stream.acquire(name)

@@ -31,13 +31,14 @@ LARGEST_KV_GROUP = 32
 class LayerSpec:
     """One decoder layer. Counts are numbers, not bytes.
 
-    `tensors` are (numbers, is a matrix) in the order of registration; matrices are what 8 and 4 bits pack.
+    `parts` are needed one after the other (a small layer is one part), each with its tensors as (numbers, is a matrix)
+    in the order of registration; matrices are what 8 and 4 bits pack. Norms of a layer of several parts are not here.
     `active_parameters` of the matrices multiply one token (fewer than all where experts are chosen). `query_size` is
     query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and values of all KV
     heads, `head_sizes` each), `window` the attended positions (0: all).
     """
 
-    tensors: tuple[tuple[int, bool], ...]
+    parts: tuple[tuple[tuple[int, bool], ...], ...]
     active_parameters: int
     query_size: int
     kv_size: int
@@ -51,6 +52,10 @@ class LayerSpec:
         heads = self.kv_size // sum(self.head_sizes)
         keys, values = self.head_sizes
         return heads * (packed_head_bytes(keys, key_bits(bits)) + packed_head_bytes(values, bits))
+
+    @property
+    def tensors(self) -> tuple[tuple[int, bool], ...]:
+        return tuple(tensor for part in self.parts for tensor in part)
 
     @property
     def parameters(self) -> int:
@@ -143,11 +148,11 @@ class ModelSpec:
         """
         known = self._stop_bytes
         if bits not in known:
-            kinds = {layer: self._layer_tensors(layer, bits) for layer in set(self.layers)}
+            kinds = {layer: self._layer_stops(layer, bits) for layer in set(self.layers)}
             own = [module for module in self.outside if not module.shared]
             first = [(module.parameters * self.dtype_bytes,) for module in own if not module.last]
             last = [(module.parameters * self.dtype_bytes,) for module in own if module.last]
-            known[bits] = (*first, *(kinds[layer] for layer in self.layers), *last)
+            known[bits] = (*first, *(part for layer in self.layers for part in kinds[layer]), *last)
         return known[bits]
 
     @cached_property
@@ -158,10 +163,10 @@ class ModelSpec:
         uses = {id(module): (1 + tied.count(module.parameters),) for module in own}
         first = [uses[id(module)] for module in own if not module.last]
         last = [uses[id(module)] for module in own if module.last]
-        return (*first, *((1,) * len(layer.tensors) for layer in self.layers), *last)
+        return (*first, *((1,) * len(part) for layer in self.layers for part in layer.parts), *last)
 
-    def _layer_tensors(self, layer: LayerSpec, bits: int) -> tuple[int, ...]:
-        return tuple(self.tensor_bytes(numbers, is_matrix, bits) for numbers, is_matrix in layer.tensors)
+    def _layer_stops(self, layer: LayerSpec, bits: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(self.tensor_bytes(*tensor, bits) for tensor in part) for part in layer.parts)
 
     @cached_property
     def _stop_bytes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
@@ -182,8 +187,14 @@ class ModelSpec:
         return len(self.layers) * layer_activations(self.hidden_size, self.intermediate_size)
 
     @cached_property
-    def largest_layer_parameters(self) -> int:
-        return max(layer.parameters for layer in self.layers)
+    def largest_part_parameters(self) -> int:
+        """Of the parts that layers are needed in."""
+        parts = {part for layer in set(self.layers) for part in layer.parts}
+        return max(sum(numbers for numbers, _ in part) for part in parts)
+
+    @property
+    def divides_layers(self) -> bool:
+        return any(len(layer.parts) > 1 for layer in set(self.layers))
 
     @cached_property
     def packed_numbers(self) -> int:

@@ -16,7 +16,7 @@ from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
-from flexbatch.plan.rounding import NOTHING_RESIDENT, filled, fits, fitted, may_fit
+from flexbatch.plan.rounding import NOTHING_RESIDENT, filled, fits, fitted, least_resident, may_fit
 from flexbatch.plan.shares_program import Problem, best_shares
 from flexbatch.plan.terms import by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload, schedule
@@ -128,7 +128,8 @@ def _automatic(
         # So little room that the linear program's margins do not fit: nothing resident, as many slots as there may be;
         # the cache on disk only where no slot fits otherwise.
         for kv in (ALL_DEVICE, NOTHING_RESIDENT):
-            tried = [replace(policy, weights=NOTHING_RESIDENT, kv=kv) for policy in coarse]
+            away = [replace(policy, kv=kv) for policy in coarse]
+            tried = [replace(each, weights=least_resident(spec, hardware, workload, each)) for each in away]
             fitting = [policy for policy in tried if fits(spec, hardware, workload, policy, limits)]
             yield from (predict(spec, hardware, workload, policy) for policy in fitting)
             if fitting:

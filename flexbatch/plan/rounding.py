@@ -19,13 +19,22 @@ def fits(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy:
     return limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None
 
 
+def least_resident(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> Shares:
+    """The weights on the device with which the policy holds least there: none, or only tied ones, for which the stream
+    would need more room than they do."""
+    tied = Shares(tied_bytes(spec, policy) / streamable_bytes(spec, policy), 0.0)
+
+    def held(weights: Shares) -> int:
+        return peak_bytes(needs(spec, hardware, workload, replace(policy, weights=weights)))[Tier.DEVICE]
+
+    return min(NOTHING_RESIDENT, tied, key=held)
+
+
 def may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
     """Whether the policy's activations alone stay inside the device: cheap, before a linear program is set up."""
-    away = replace(policy, weights=NOTHING_RESIDENT, kv=NOTHING_RESIDENT)
-    return peak_bytes(needs(spec, hardware, workload, away))[Tier.DEVICE] <= limits.device or (
-        peak_bytes(needs(spec, hardware, workload, replace(policy, weights=NOTHING_RESIDENT)))[Tier.DEVICE]
-        <= limits.device
-    )
+    still = replace(policy, weights=least_resident(spec, hardware, workload, policy))
+    tried = (replace(still, kv=NOTHING_RESIDENT), still)
+    return any(peak_bytes(needs(spec, hardware, workload, each))[Tier.DEVICE] <= limits.device for each in tried)
 
 
 def fitted(
@@ -34,9 +43,9 @@ def fitted(
     """The policy rounded to what can be placed: weights, then KV, leave a tier that is too full until the exact bytes
     fit."""
     total = streamable_bytes(spec, policy)
-    tied = tied_bytes(spec, policy) / total
-    if 0.0 < policy.weights.device < tied:
-        policy = replace(policy, weights=Shares(tied, min(policy.weights.host, 1.0 - tied)))
+    least = least_resident(spec, hardware, workload, policy).device
+    if policy.weights.device < least:
+        policy = replace(policy, weights=Shares(least, min(policy.weights.host, 1.0 - least)))
     for _ in range(12):
         items = needs(spec, hardware, workload, policy)
         peak = peak_bytes(items)
@@ -44,11 +53,7 @@ def fitted(
         if tier is None:
             return policy
         excess = peak[tier] - limits.of(tier)
-        # Tied weights stay as long as they can: without them the stream needs room for them.
-        least = tied if policy.weights.device > tied * (1.0 + 1e-9) else 0.0
         weights = _moved(policy.weights, tier, excess / total + 1e-4, least)
-        if weights is not None and weights.device < tied:
-            weights = replace(weights, device=0.0)
         kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
         if weights is not None:
             policy = replace(policy, weights=weights)

@@ -68,8 +68,8 @@ def test_more_memory_never_predicts_a_slower_run(name: str) -> None:
         choose_policy(spec, hardware, work, OffloadConfig(device_memory=f"{memory}GiB"))[1].seconds
         for memory in (3, 4, 5, 6, 10, 22)
     ]
-    # Shares are held to one tensor, hence the tolerance of a hundredth.
-    assert all(later <= earlier * 1.01 for earlier, later in itertools.pairwise(seconds))
+    # Shares are held to one tensor, and a hundredth is given for half the slots: hence the tolerance.
+    assert all(later <= earlier * 1.015 for earlier, later in itertools.pairwise(seconds))
 
 
 @pytest.mark.parametrize("memory", ["1.5GiB", "2GiB", "3GiB", "6GiB"])
