@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from flexbatch.engine.attention import attend
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
+from flexbatch.engine.stream_measurement import streaming_cost
 from flexbatch.memory.blocked_weight import lay_out, linear, suits
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_layout, int8_linear
@@ -264,8 +265,7 @@ def _write(file: Path) -> float:
 @torch.inference_mode()
 def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
     """Bytes per second of reading the file past the page cache with several threads into reused buffers, beside
-    products where those run on the same processor; and the core-seconds that one byte takes, from those products too.
-    """
+    products where those run on the same processor; and the core-seconds that one byte takes."""
     nbytes, reader = file.stat().st_size, DirectReader()
     buffers = [AlignedBuffer(READ_BYTES + (1 << 16)) for _ in range(READ_THREADS)]
     for buffer in buffers:
@@ -280,17 +280,16 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
 
     inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
     products = partial(_products, inputs, [as_multiplied(weight)] * 2)
-    alone = seconds_of(products, device, at_least=0.3)
+    products()
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
     for thread in threads:
         thread.start()
     while device.type == "cpu" and any(thread.is_alive() for thread in threads):
         products()
-        count += 1
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - started
     reader.close()
-    lost = (seconds - count * alone) * core_count() if count else 0.0
-    return nbytes / seconds, max(lost, sum(cpu)) / nbytes
+    lost = streaming_cost(file, core_count()) if device.type == "cpu" else 0.0
+    return nbytes / seconds, max(lost, sum(cpu) / nbytes)
