@@ -151,17 +151,17 @@ def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
         Need("resident weights", Tier.DEVICE, held.device),
         Need("weight stream", Tier.DEVICE, stream_bytes(held.most, policy.prefetch_bytes)),
-        Need("weights in use, expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
+        Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
         Need("weights", Tier.HOST, held.host),
     ]
 
 
 def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """A layer, or a part of one, in the compute type, where it is stored in another."""
+    """A layer in the compute type, where it is stored in another: its parts too keep their rooms."""
     form = weight_form(policy)
     if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
         return 0
-    return spec.largest_part_parameters * number_bytes(spec)
+    return spec.largest_layer_parameters * number_bytes(spec)
 
 
 def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
@@ -184,8 +184,9 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     size = number_bytes(spec)
     longest = max(1.0, workload.longest_prompt - math.floor(workload.shared_tokens))
     joining, tokens = _joining(workload, policy, longest)
-    # Micro-batches go through a layer one after the other, but side by side through its parts.
-    one_batch = tokens if spec.divides_layers else min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
+    one_batch = min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
+    if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
+        one_batch = tokens + policy.slots + math.ceil(workload.shared_tokens)
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them

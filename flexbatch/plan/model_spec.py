@@ -187,10 +187,8 @@ class ModelSpec:
         return len(self.layers) * layer_activations(self.hidden_size, self.intermediate_size)
 
     @cached_property
-    def largest_part_parameters(self) -> int:
-        """Of the parts that layers are needed in."""
-        parts = {part for layer in set(self.layers) for part in layer.parts}
-        return max(sum(numbers for numbers, _ in part) for part in parts)
+    def largest_layer_parameters(self) -> int:
+        return max(layer.parameters for layer in self.layers)
 
     @property
     def divides_layers(self) -> bool:

@@ -13,7 +13,7 @@ from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes
 from flexbatch.plan.memory_need import needs, peak_bytes
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Policy, Tier
-from flexbatch.plan.rounding import NOTHING_RESIDENT
+from flexbatch.plan.rounding import NOTHING_RESIDENT, least_resident
 from flexbatch.plan.workload import Workload
 
 
@@ -27,7 +27,7 @@ def infeasible(
         weights, kv, hidden = Policy.percent_shares(list(offload.percent))
         least = replace(smallest, weights=weights, kv=kv, hidden=hidden)
     else:
-        least = replace(smallest, weights=NOTHING_RESIDENT)
+        least = replace(smallest, weights=least_resident(spec, hardware, workload, smallest))
         if limits.exceeded(peak_bytes(needs(spec, hardware, workload, least))) is Tier.DEVICE:
             least = _smaller(spec, hardware, workload, least, replace(least, kv=NOTHING_RESIDENT))
     items = needs(spec, hardware, workload, least)

@@ -30,7 +30,7 @@ def test_no_product_is_left_within_the_layers_and_the_rest_stays() -> None:
 
 def test_a_rehearsal_gives_possible_figures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     made = rehearse(CPU, tmp_path)
-    assert 1e-6 < made.layer_seconds < 0.1
+    assert 1e-6 <= made.layer_seconds < 0.1
     assert 1e-6 <= made.pass_seconds < 0.1
     assert 1e7 < made.activation_numbers < 1e12
     assert all(1e8 < rate < 1e16 for rate in made.products.values())
