@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.kernels import decode_attention, prefill_attention
+from flexbatch.kernels.prefill_attention import KeysAndValues
 
 NAME = "flexbatch_merging"
 FEWEST_QUERIES = 9
@@ -52,8 +53,11 @@ class OwnKeys:
 class Carried:
     """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
 
-    shared: Sequence[SharedKeys]
-    parts: Sequence[OwnKeys]
+    shared: Sequence[SharedKeys] = ()
+    parts: Sequence[OwnKeys] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.shared or self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,7 @@ def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.
 
 def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
     """`keys`, with what belongs to them."""
-    if shared or parts:
-        keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
+    keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
     return keys
 
 
@@ -142,21 +145,21 @@ def _attend_rows(
     **kwargs: Any,
 ) -> torch.Tensor:
     """`merging_attention` of what is not side by side. Where `starts` are given they say the same as `mask`."""
-    carried: Carried | None = getattr(key, "carried", None)
+    carried: Carried = getattr(key, "carried", Carried())
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if starts is not None and _is_many(query, key, value) and (shared := _one_prefix(carried, key, value)):
         output, _ = prefill_attention.prefill_attention(query, shared, (key, value), starts, scale)
         return output.transpose(1, 2).contiguous()
-    if carried is None and not is_slow_alone(query):
+    if not carried and not is_slow_alone(query):
         result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
         return result
-    parts = (carried.parts if carried else ()) or (OwnKeys(key, value, slice(None)),)
+    parts = carried.parts or (OwnKeys(key, value, slice(None)),)
     made = [attend_own(query, part, mask, scale) for part in parts]
-    if not (carried and carried.shared) and len(made) == 1:
+    if not carried.shared and len(made) == 1:
         return made[0][0].transpose(1, 2).contiguous()
     output = torch.cat([output for output, _ in made]).float()
     weight = torch.cat([weight for _, weight in made])
-    for prefix in carried.shared if carried else ():
+    for prefix in carried.shared:
         theirs, their_weight = attend_prefix(query[prefix.rows], prefix.keys, prefix.values, scale)
         output[prefix.rows] = merge(output[prefix.rows], weight[prefix.rows], theirs.float(), their_weight)
     return output.to(query.dtype).transpose(1, 2).contiguous()
@@ -167,12 +170,10 @@ def _is_many(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
     return query.shape[2] >= FEWEST_QUERIES and prefill_attention.suits(query, key, value)
 
 
-def _one_prefix(
-    carried: Carried | None, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _one_prefix(carried: Carried, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues | None:
     """The keys and values that all rows share before their own, without columns if there are none; None where rows
     differ in that, or where their own keys lie on several tiers."""
-    if carried is None or not (carried.shared or carried.parts):
+    if not carried:
         return key[:1, :, :0], value[:1, :, :0]
     if carried.parts or len(carried.shared) > 1 or len(carried.shared[0].rows) < len(key):
         return None

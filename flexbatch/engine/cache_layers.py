@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from flexbatch.engine.attention import SharedKeys, Stretch, carry, lay_side_by_side
-from flexbatch.engine.kv_arena import KeysAndValues, LayerStore
+from flexbatch.engine.kv_arena import LayerStore
+from flexbatch.kernels.prefill_attention import KeysAndValues
 
 if TYPE_CHECKING:
     from flexbatch.engine.prefix import Prefix

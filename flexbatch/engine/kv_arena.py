@@ -19,9 +19,8 @@ import torch
 from flexbatch.engine.attention import OwnKeys
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
+from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.plan.policy import Tier
-
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import torch
 from numba import njit
 
 from flexbatch.kernels.flat_memory import flat
-from flexbatch.kernels.floats import ARITHMETIC, exponential, widened
+from flexbatch.kernels.floats import ARITHMETIC, LOWEST, exponential, widened
 from flexbatch.kernels.threads import on_all_threads
 
-LOWEST = float(np.finfo(np.float32).min)  # the score of what may not be seen: finite, as in torch's masks
 UNSEEN = -1e30  # a score with this added is none
 MOST_QUERIES = 2  # to the same keys; with more of them torch's products are the faster way
 SMALL = 1 << 17  # numbers of the cache; with fewer a second thread costs more than it brings

@@ -12,6 +12,8 @@ from numba.extending import intrinsic
 ARITHMETIC = {"contract", "reassoc", "arcp", "nsz"}
 """Freedoms that let sums and products vectorise. NaN and infinity keep their meaning."""
 
+LOWEST = float(np.finfo(np.float32).min)
+"""The score of what may not be seen: finite, as in torch's masks, so that nothing becomes NaN."""
 LOG2_OF_E = np.float32(1.4426950408889634)
 # 2**x on [-0.5, 0.5] by its Taylor series: relative error below 2e-7.
 POWERS = tuple(np.float32(c) for c in (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 0.24022651, 0.69314718))

@@ -14,11 +14,10 @@ import numpy as np
 from numba import njit
 
 from flexbatch.kernels import vectors
-from flexbatch.kernels.floats import narrowed
-from flexbatch.kernels.pair_products import COLUMNS, add_product, multiply
+from flexbatch.kernels.floats import LOWEST, narrowed
+from flexbatch.kernels.pair_products import COLUMNS, ROWS, add_product, multiply
 from flexbatch.kernels.vectors import WIDTH, fill, fused, in_pairs, larger, load, store, two_to
 
-LOWEST = np.float32(np.finfo(np.float32).min)  # a score of what is not seen: finite, so that nothing becomes NaN
 ZERO = np.float32(0)
 LN_OF_2 = np.float32(0.6931471805599453)
 BLOCK = 96
@@ -104,7 +103,8 @@ def see(tile: Any, keys: Any, values: Any, newest: int, count: int, width: int, 
     half, value_size = len(tile.queries) // COLUMNS, len(tile.sums) // COLUMNS
     for start in range(0, count, BLOCK):
         block = min(BLOCK, count - start)
-        multiply(keys, start * half, half, 1, (block + 7) // 8 * 8, tile.queries, half, width, tile.scores)
+        rows = (block + ROWS - 1) // ROWS * ROWS
+        multiply(keys, start * half, half, 1, rows, tile.queries, half, width, tile.scores)
         for key in range(max(0, newest + 1 - start), block):
             tile.scores[key * COLUMNS : key * COLUMNS + min(width, start + key - newest)] = LOWEST
         if block % 2:
@@ -148,4 +148,4 @@ def answer(tile: Any, first: int, count: int, out: Any, at: int, stride: int, we
         share = np.float32(1) / tile.total[lane] if is_seen else ZERO
         for index in range(size):
             numbers[index] = narrowed(tile.sums[index * COLUMNS + lane] * share)
-        weight[lane] = tile.highest[lane] * LN_OF_2 + np.log(tile.total[lane]) if is_seen else LOWEST
+        weight[lane] = tile.highest[lane] * LN_OF_2 + np.log(tile.total[lane]) if is_seen else np.float32(LOWEST)

@@ -61,29 +61,40 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
     return intrinsic(tile)
 
 
+def _row_by_row(rows: int, vectors: int, adds: bool) -> Any:
+    """A product of 16 * `vectors` columns, `rows` rows at a time."""
+    tile = _tile(rows, vectors, adds)
+
+    @njit(nogil=True)
+    def product(
+        left: Any, at: int, row_stride: int, step_stride: int, count: int, right: Any, steps: int, out: Any
+    ) -> None:
+        for row in range(0, count, rows):
+            tile(left, at + row * row_stride, row_stride, step_stride, right, steps, out, row * COLUMNS)
+
+    return product
+
+
 def _products(adds: bool) -> Any:
     """The product of `rows` rows of `left`, of whose pairs a row's first is at `at` and the next rows and pairs are
     `row_stride` and `step_stride` further on, with `right` (pairs, `[steps, COLUMNS]`), into `out` (`[rows, COLUMNS]`).
     Of the columns the first `width` are computed, a multiple of 16."""
     # Enough sums to keep the multipliers busy, few enough for the registers.
-    one, two, three, four = _tile(8, 1, adds), _tile(8, 2, adds), _tile(4, 3, adds), _tile(4, 4, adds)
+    one, two = _row_by_row(8, 1, adds), _row_by_row(8, 2, adds)
+    three, four = _row_by_row(4, 3, adds), _row_by_row(4, 4, adds)
 
     @njit(nogil=True)
     def products(
         left: Any, at: int, row_stride: int, step_stride: int, rows: int, right: Any, steps: int, width: int, out: Any
     ) -> None:
         if width == 4 * WIDTH:
-            for row in range(0, rows, 4):
-                four(left, at + row * row_stride, row_stride, step_stride, right, steps, out, row * COLUMNS)
+            four(left, at, row_stride, step_stride, rows, right, steps, out)
         elif width == 3 * WIDTH:
-            for row in range(0, rows, 4):
-                three(left, at + row * row_stride, row_stride, step_stride, right, steps, out, row * COLUMNS)
+            three(left, at, row_stride, step_stride, rows, right, steps, out)
         elif width == 2 * WIDTH:
-            for row in range(0, rows, 8):
-                two(left, at + row * row_stride, row_stride, step_stride, right, steps, out, row * COLUMNS)
+            two(left, at, row_stride, step_stride, rows, right, steps, out)
         else:
-            for row in range(0, rows, 8):
-                one(left, at + row * row_stride, row_stride, step_stride, right, steps, out, row * COLUMNS)
+            one(left, at, row_stride, step_stride, rows, right, steps, out)
 
     return products
 
