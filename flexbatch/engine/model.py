@@ -62,6 +62,11 @@ class SteppedModel:
         """A decoder layer's module."""
         return next(stop.module for stop in self.stops if stop.layer == number)
 
+    def parts(self, number: int) -> tuple[Stop, ...]:
+        """The stops that have a decoder layer's weights: its parts, or the layer itself where it is not divided."""
+        parts = tuple(stop for stop in self.stops if stop.inside == number)
+        return parts or tuple(stop for stop in self.stops if stop.layer == number)
+
     def paths_in_layers(self) -> dict[str, tuple[int, str]]:
         """The layer of each stop that is a part of one, and the part's name inside it."""
         layers = {stop.layer: stop.name for stop in self.stops if stop.layer is not None}
@@ -74,10 +79,8 @@ class SteppedModel:
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
         owners: dict[str, str | None] = {}
-        divided = {stop.inside for stop in self.stops}
-        prefixes = [
-            (stop.name + ".", stop.name) for stop in self.stops if stop.layer is None or stop.layer not in divided
-        ]
+        divided = {stop.inside for stop in self.stops if stop.inside is not None}
+        prefixes = [(stop.name + ".", stop.name) for stop in self.stops if stop.layer not in divided]
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             owners[name] = next((stop for prefix, stop in prefixes if name.startswith(prefix)), None)
         return owners

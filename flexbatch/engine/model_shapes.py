@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,7 @@ def spec_from_config(
             f"no {config.model_type!r} model can be built from this config: {error}",
             remedy="Correct the field that the message names in the model's config.json or in model.config.",
         ) from error
-    layers = tuple(
-        _layer(stop, stepped, config, attention, stop.layer) for stop in stepped.stops if stop.layer is not None
-    )
+    layers = tuple(_layer(stepped.parts(number), config, attention, number) for number in range(stepped.num_layers))
     outside = _outside(stepped)
     total = sum(parameter.numel() for parameter in stepped.model.parameters())
     streamed = sum(layer.parameters for layer in layers)
@@ -88,10 +87,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer(
-    layer: Stop, stepped: SteppedModel, config: PreTrainedConfig, attention: AttentionShape, index: int
-) -> LayerSpec:
-    parts = [stop for stop in stepped.stops if stop.inside == index] or [layer]
+def _layer(parts: Sequence[Stop], config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
     parameters = [parameter for part in parts for parameter in part.module.parameters()]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     experts = [parameter for parameter in matrices if parameter.ndim == 3]

@@ -69,14 +69,12 @@ def in_order_of_use(order: Sequence[str], position: int, name: str, paths: Mappi
     are parts of a layer (`paths` says of which, and which), so are their likes in all other layers."""
     expected, moved = order[position], [each for each in order if each != name]
     moved.insert(position, name)
-    layer, path = paths.get(name, (-1, ""))
-    other_layer, other = paths.get(expected, (-2, ""))
-    if layer != other_layer:
+    if name not in paths or expected not in paths or paths[name][0] != paths[expected][0]:
         return moved
-    streamed = set(order)
-    stops = {place: each for each, place in paths.items() if each in streamed}
-    for later in {number for number, _ in paths.values()} - {layer}:
-        mine, theirs = stops.get((later, path)), stops.get((later, other))
+    streamed = {paths[each]: each for each in order if each in paths}
+    (layer, path), (_, other) = paths[name], paths[expected]
+    for later in {number for number, _ in streamed} - {layer}:
+        mine, theirs = streamed.get((later, path)), streamed.get((later, other))
         if mine is not None and theirs is not None and moved.index(mine) > moved.index(theirs):
             moved.remove(mine)
             moved.insert(moved.index(theirs), mine)
