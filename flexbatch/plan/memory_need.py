@@ -117,7 +117,7 @@ def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy
     workload = _as_run(workload, policy)
     items = [
         Need("process", Tier.DEVICE, hardware.process_bytes),
-        *_weight_needs(spec, policy),
+        *weight_needs(spec, policy),
         *_kv_needs(spec, workload, policy),
         *_activation_needs(spec, workload, policy),
     ]
@@ -145,7 +145,8 @@ def _as_run(workload: Workload, policy: Policy) -> Workload:
     return workload if policy.prefix_sharing else workload.without_sharing()
 
 
-def _weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
+def weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
+    """What the weights need, resident and on their way."""
     held = held_weights(spec, policy)
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
@@ -184,9 +185,10 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     size = number_bytes(spec)
     longest = max(1.0, workload.longest_prompt - math.floor(workload.shared_tokens))
     joining, tokens = _joining(workload, policy, longest)
-    one_batch = min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest)))
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
-        one_batch = tokens + policy.slots + math.ceil(workload.shared_tokens)
+        at_once = tokens + policy.slots + math.ceil(workload.shared_tokens)
+    else:
+        at_once = max(policy.slots, min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
@@ -198,7 +200,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     logits = min(policy.slots + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
-        Need("activations", Tier.DEVICE, max(one_batch, policy.slots) * inner + attended * 8),
+        Need("activations", Tier.DEVICE, at_once * inner + attended * 8),
         Need("logits", Tier.DEVICE, logits),
         Need("hidden states", Tier.DEVICE, math.ceil(waiting * (share.device if share.device < 1 else 1.0))),
         Need("hidden states", Tier.HOST, math.ceil(waiting * share.host)),

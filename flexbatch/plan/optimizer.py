@@ -129,7 +129,7 @@ def _automatic(
         # the cache on disk only where no slot fits otherwise.
         for kv in (ALL_DEVICE, NOTHING_RESIDENT):
             away = [replace(policy, kv=kv) for policy in coarse]
-            tried = [replace(each, weights=least_resident(spec, hardware, workload, each)) for each in away]
+            tried = [replace(each, weights=least_resident(spec, each)) for each in away]
             fitting = [policy for policy in tried if fits(spec, hardware, workload, policy, limits)]
             yield from (predict(spec, hardware, workload, policy) for policy in fitting)
             if fitting:
