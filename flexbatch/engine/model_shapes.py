@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from flexbatch.engine.model import SteppedModel, Stop, build
 from flexbatch.errors import ModelError
-from flexbatch.plan.model_spec import AttentionShape, LayerSpec, ModelSpec, OutsideSpec, attention_shape, positive_field
+from flexbatch.plan.attention_shape import AttentionShape, attention_shape, positive_field
+from flexbatch.plan.model_spec import LayerSpec, ModelSpec, OutsideSpec
 
 
 def spec_from_config(

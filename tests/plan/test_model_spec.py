@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import ModelError
-from flexbatch.plan.model_spec import ModelSpec, attention_shape
+from flexbatch.plan.attention_shape import attention_shape
+from flexbatch.plan.model_spec import ModelSpec
 
 SMALL = {"vocab_size": 640, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256}
