@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import lay_out, linear, suits
@@ -35,3 +36,13 @@ def laid_out_for(module: nn.Module, name: str, value: torch.Tensor) -> torch.Ten
     if isinstance(module, BlockedLinear) and name == "weight" and value.dtype == torch.bfloat16:
         return lay_out(value)
     return value
+
+
+def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `[out, in]` as the engine lays it."""
+    return lay_out(weight) if weight.device.type == "cpu" and suits(weight.dtype) else weight
+
+
+def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`inputs` `[rows, in]` times a weight that is laid so."""
+    return linear(inputs, weight, None) if weight.is_mkldnn else functional.linear(inputs, weight)

@@ -23,9 +23,9 @@ import torch
 from torch.nn import functional
 
 from flexbatch.engine.attention import attend
+from flexbatch.engine.linear_layers import as_multiplied, product
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
-from flexbatch.memory.blocked_weight import lay_out, linear, suits
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.int8_linear import int8_layout, int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
@@ -164,16 +164,6 @@ def _width_factors(products: Mapping[int, float], square: float) -> dict[int, fl
         width, lost = 2 * width, lost / 2
         factors[width] = 1.0 / (1.0 + lost)
     return factors
-
-
-def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
-    """The weight `[out, in]` as the engine lays it."""
-    return lay_out(weight) if weight.device.type == "cpu" and suits(weight.dtype) else weight
-
-
-def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`inputs` `[rows, in]` times a weight that is laid so."""
-    return linear(inputs, weight, None) if weight.is_mkldnn else functional.linear(inputs, weight)
 
 
 def _products(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:

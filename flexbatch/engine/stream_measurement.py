@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from flexbatch.engine.linear_layers import product
 from flexbatch.engine.rehearsal import random_values
-from flexbatch.memory.blocked_weight import blocked_form, linear, suits
+from flexbatch.memory.blocked_weight import blocked_layout, suits
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.safetensors_header import TensorEntry
 from flexbatch.memory.transfer import StreamTensor, StreamUnit, WeightStream
@@ -55,7 +56,7 @@ def _streamed(inputs: torch.Tensor, units: list[StreamUnit]) -> float:
         started = time.perf_counter()
         for unit in units * LAPS:
             for stored in stream.acquire(unit.name).values():
-                _product(inputs, stored)
+                product(inputs, _weight(stored))
             stream.release(unit.name)
         return time.perf_counter() - started - stream.statistics().wait_seconds
     finally:
@@ -68,15 +69,16 @@ def _alone(inputs: torch.Tensor, resident: list[torch.Tensor], units: int) -> fl
     nbytes, started = _matrix_bytes(), time.perf_counter()
     for unit in range(units):
         for index in range(MATRICES):
-            _product(inputs, resident[unit % len(resident)][index * nbytes : (index + 1) * nbytes])
+            product(inputs, _weight(resident[unit % len(resident)][index * nbytes : (index + 1) * nbytes]))
     return time.perf_counter() - started
 
 
-def _product(inputs: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+def _weight(stored: torch.Tensor) -> torch.Tensor:
+    """The weight over its bytes, as a packed checkpoint keeps it here."""
     if suits(torch.bfloat16):
-        return linear(inputs, blocked_form((WIDTH, WIDTH), torch.bfloat16).over(stored), None)
-    return torch.nn.functional.linear(inputs, stored.view(torch.bfloat16).view(WIDTH, WIDTH))
+        return blocked_layout((WIDTH, WIDTH)).weight(stored)
+    return stored.view(torch.bfloat16).view(WIDTH, WIDTH)
 
 
 def _matrix_bytes() -> int:
-    return blocked_form((WIDTH, WIDTH), torch.bfloat16).nbytes if suits(torch.bfloat16) else WIDTH * WIDTH * 2
+    return blocked_layout((WIDTH, WIDTH)).nbytes if suits(torch.bfloat16) else WIDTH * WIDTH * 2

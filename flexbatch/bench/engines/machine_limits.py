@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from flexbatch.bench.trial import Outcome, Trial
 from flexbatch.checkpoint.architecture import expected_tensors
 from flexbatch.engine.calibration import measure_hardware
-from flexbatch.engine.measurement import as_multiplied, product, seconds_of
+from flexbatch.engine.linear_layers import as_multiplied, product
+from flexbatch.engine.measurement import seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import EngineError
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
