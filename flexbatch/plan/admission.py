@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Where weights are streamed, a prompt that does not fit a pass's tokens enters in parts of at least this many: fewer
-# would leave the matrix products far below their rate.
-SHORTEST_PART = 64
-
-# Parts are multiples of this where they can be: matrix products lose up to a quarter of their rate just above the
-# sizes that the kernels are cut in (docs/benchmarks.md).
-EVEN = 32
+# Where weights are streamed, a prompt that does not fit a pass's tokens enters in parts of at least this many: each
+# part is one more piece of work beside the others of its pass.
+SHORTEST_PART = 32
 
 
 def joining_count(lengths: Sequence[float], free_slots: int, room: float) -> int:
@@ -28,30 +24,41 @@ def joining_count(lengths: Sequence[float], free_slots: int, room: float) -> int
 def parts(length: int, room: float, budget: float, shortest: int) -> list[int]:
     """The sizes of the parts, one for each pass, in which a prompt of `length` tokens enters; none where it should not.
 
-    The first takes the `room` that is left in this pass, the others about `budget` tokens each. Every part has at least
-    `shortest` tokens, and more of them than there are parts: the decode batch writes into the columns of the last
-    tokens (as many as parts) before the last part comes.
+    The first takes the `room` that is left in this pass, the others `budget` tokens each, the last what remains; where
+    that is too little, all but the first give or take a few. The last part has more tokens than there are parts: the
+    decode batch writes into the columns of so many of its tokens before it comes.
     """
     if not shortest:
         return []
-    least = max(shortest, 2 * math.isqrt(length) + 2)
-    first = _even(min(int(room), length - least), least)
-    if first < least:
+    least = least_part(length, shortest)
+    first = min(int(room), length - least)
+    if first < shortest:
         return []
-    rest = length - first
-    count = max(1, round(rest / max(budget, least)))
-    size = max(least, _even(math.ceil(rest / count), least))
-    sizes = [first]
-    while rest - size >= least:
-        sizes.append(size)
-        rest -= size
-    return [*sizes, rest]
+    size = max(int(budget), least)
+    count, rest = divmod(length - first, size)
+    if rest == 0 or rest >= least:
+        return [first, *[size] * count, *[rest] * (rest > 0)]
+    if 2 * rest <= least:
+        return [first, *_evenly(length - first, count)]
+    return [first, *_evenly(length - first - least, count), least]
 
 
-def _even(tokens: int, least: int) -> int:
-    """Rounded down to a multiple of `EVEN`, where that leaves at least `least`."""
-    even = tokens // EVEN * EVEN
-    return even if even >= least else tokens
+def least_part(length: int, shortest: int) -> int:
+    """Tokens of the shortest last part of a prompt of `length` tokens."""
+    return max(shortest, 2 * math.isqrt(length) + 2)
+
+
+def most_tokens(longest: int, budget: float, shortest: int) -> int:
+    """The most tokens that one pass takes of prompts of up to `longest` tokens, all of which may be split: the budget
+    or a part that is longer, and what earlier passes left. With less than a part for a budget prompts enter whole."""
+    least = least_part(longest, shortest)
+    return max(math.ceil(budget), least, longest if budget < shortest else 0) + least + shortest
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    """`count` numbers that differ by one at most and add up to `total`."""
+    each, more = divmod(total, count)
+    return [each + 1] * more + [each] * (count - more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +103,7 @@ class Admission:
             if not sizes and not whole and not part and (idle or not self._shortest):
                 whole, left = 1, 0.0
         # What a part took too much is owed; what is left is saved only if a prompt waited for more of it.
-        self.saved = left if self._shortest and (left < 0.0 or (held_back and not sizes)) else 0.0
+        left -= sizes[0] if sizes else 0
+        waited = whole < min(len(lengths), free_slots)
+        self.saved = left if self._shortest and (left < 0.0 or waited) else 0.0
         return Admitted(part, complete, whole, tuple(sizes))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from flexbatch.config import OffloadConfig, parse_bytes
-from flexbatch.plan.admission import EVEN
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.workload import Workload
 
@@ -69,8 +68,17 @@ def steady_tokens(workload: Workload, offload: OffloadConfig, slots: int, base: 
     if str(offload.prefill_tokens) != "auto":
         return int(offload.prefill_tokens)
     shown = workload if base.prefix_sharing else workload.without_sharing()
-    rows = slots / max(1.0, shown.new_tokens)
-    return math.ceil(shown.own_tokens * (rows if base.shortest_part else math.ceil(rows)))
+    if base.shortest_part:
+        return math.ceil(_steady(shown, slots))
+    return math.ceil(shown.own_tokens * math.ceil(slots / max(1.0, shown.new_tokens)))
+
+
+def _steady(shown: Workload, slots: int) -> float:
+    """Prompt tokens per pass that just keep the slots full where prompts are split: one slot's is entering, the others
+    are held for a pass for each token after the first."""
+    if shown.shared_tokens:
+        return shown.own_tokens * slots / max(1.0, shown.new_tokens)
+    return shown.own_tokens * max(1, slots - 1) / max(1.0, shown.new_tokens - 1.0)
 
 
 def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base: Policy) -> list[int]:
@@ -79,11 +87,11 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
     if str(offload.prefill_tokens) != "auto":
         return [int(offload.prefill_tokens)]
     shown = workload if base.prefix_sharing else workload.without_sharing()
-    steady = shown.own_tokens * slots / max(1.0, shown.new_tokens)
+    steady = _steady(shown, slots)
     most = min(slots * shown.own_tokens, max(steady, MOST_PREFILL_TOKENS))
     if base.shortest_part:
         tried = (max(base.shortest_part, min(steady * times, most)) for times in PREFILL_TIMES)
-        return sorted({math.ceil(tokens / EVEN) * EVEN for tokens in tried})
+        return sorted({math.ceil(tokens) for tokens in tried})
     rows = math.ceil(slots / max(1.0, shown.new_tokens))
     joining = sorted({1, max(1, rows // 2), rows, rows + 1, 2 * rows, slots})
     return [

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import INTEGERS, ModelSpec
 from flexbatch.plan.placement import place_slots, place_weights, stream_bytes
@@ -209,10 +210,9 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
 
 
 def _joining(workload: Workload, policy: Policy, longest: float) -> tuple[int, int]:
-    """The most prompts that enter a pass, and their tokens. What is split enters in parts of up to 1.5 times the
-    budget and one shortest part; what cannot be split has saved up to its length."""
+    """The most prompts that enter a pass, and their tokens. What cannot be split has saved up to its length."""
     if policy.shortest_part and not workload.shared_tokens:
-        tokens = max(policy.prefill_tokens, policy.shortest_part) * 3 // 2 + policy.shortest_part
+        tokens = most_tokens(math.ceil(longest), policy.prefill_tokens, policy.shortest_part)
         return min(policy.slots, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
     saved = longest if policy.shortest_part else 0.0
     joining = min(policy.slots, max(1, int((policy.prefill_tokens + saved) / workload.own_tokens + 1e-9)))
