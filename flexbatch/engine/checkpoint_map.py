@@ -61,6 +61,10 @@ class ParameterSource:
         """Makes the stored tensors the parameter at `place`."""
         place.module._parameters[place.name] = parameter(self.assemble(tensors, model).to(place.dtype))
 
+    def unbind(self, place: Place) -> None:
+        """Leaves nothing of what `bind` made at `place`."""
+        place.module._parameters[place.name] = None
+
     def assemble(self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
         """The parameter's value from its stored tensors by name."""
         if self.converter is None:

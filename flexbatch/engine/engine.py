@@ -83,9 +83,11 @@ class Engine:
         self._entering: Entering | None = None
         self._slots: list[GrowingRow | None] = [None] * arena.slots
         self._waiting: deque[GrowingRow] = deque()
+        self._all_came = False
 
     def run(self, requests: Iterator[Request]) -> Iterator[PassResult]:
         """Answers all requests. Each result tells what one pass brought; completions come in the order of finishing."""
+        self._begin()
         while True:
             started, before = time.perf_counter(), self._weights.statistics()
             this = _Pass()
@@ -137,6 +139,7 @@ class Engine:
         while len(self._waiting) < len(self._slots):
             request = next(requests, None)
             if request is None:
+                self._all_came = True
                 return
             row = self._started(request)
             done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder) if row.tokens else None
@@ -157,6 +160,8 @@ class Engine:
         self._arena.advance()
         parts, joining, new_prefixes = self._join(this)
         self._fill_holes(parts, joining)
+        if self._all_came and not (self._waiting or parts or joining) and self._weights.are_streamed:
+            self._use_free_slots()
         decoding = self._decoding()
         pieces: list[Piece[Any]] = [decoding] if decoding is not None else []
         pieces += [self._caller.compute(prefix) for prefix in new_prefixes]
@@ -246,6 +251,21 @@ class Engine:
                 break
             self._arena.move(last, hole)
             self._slots[hole], self._slots[last] = self._slots[last], None
+
+    def _use_free_slots(self) -> None:
+        """No row comes any more: the memory of free slots goes to weights."""
+        live = self._live
+        freed = self._arena.give_back(len(live))
+        del self._slots[len(live) :]
+        self._weights.keep(freed, max(row.request.sampling.max_new_tokens - len(row.tokens) for row in live))
+
+    def _begin(self) -> None:
+        """What the end of the last run gave up is taken again."""
+        self._all_came = False
+        if len(self._slots) < self._arena.slots:
+            self._slots += [None] * (self._arena.slots - len(self._slots))
+            self._weights.forget()
+            self._arena.take_again()
 
     def _decoding(self) -> Piece[list[Chosen]] | None:
         """The decode batch over the slots up to the last live one; empty slots among them are rows of length 0."""

@@ -11,7 +11,7 @@ multiplies its value by a weight of zero, which must not meet a NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,9 @@ from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.plan.policy import Tier
+
+KV = "KV cache"
+"""What its bytes are booked as."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class LayerStore:
         for tier, count in self._counts.items():
             if count:
                 parts = tuple(
-                    self._storage.zeros(tier, (count, new.shape[1], self.columns, size), dtype, "KV cache")
+                    self._storage.zeros(tier, (count, new.shape[1], self.columns, size), dtype, KV)
                     for new, form in zip((keys, values), self._forms, strict=True)
                     for size, dtype in form.stored(new.shape[3], new.dtype)
                 )
@@ -160,12 +163,19 @@ class LayerStore:
         for old, new in zip(of[source].parts, of[target].parts, strict=True):
             new[target - of[target].first] = old[source - of[source].first]
 
-    def shift(self, by: int) -> None:
-        """Moves all columns to the left by `by`, slot by slot so that the copy stays small."""
+    def shift(self, by: int, slots: int) -> None:
+        """Moves all columns of the first `slots` slots to the left by `by`, one by one so that the copy stays small."""
         for segment in self.segments:
             for part in segment.parts:
-                for slot in part:
+                for slot in part[: max(0, slots - segment.first)]:
                     slot[:, : self.columns - by] = slot[:, by:].clone()
+
+    def on_device(self, slots: slice) -> Iterator[torch.Tensor]:
+        """The memory on the device of some slots."""
+        for segment in self.segments:
+            first, stop = max(slots.start - segment.first, 0), min(slots.stop - segment.first, segment.count)
+            if segment.tier is Tier.DEVICE and stop > first:
+                yield from (part[first:stop] for part in segment.parts)
 
     @property
     def _is_packed(self) -> bool:
@@ -210,6 +220,7 @@ class KVArena:
     ) -> None:
         self.span, self.slots, self.columns = span, slots, span + slack
         self.end = span - 1
+        self._storage, self._in_use = storage, slots
         forms, expansion = kv_forms(bits), Expansion(slots, span, storage)
         self.layers = [
             LayerStore(index, slots, self.columns, each, storage, forms, expansion) for index, each in enumerate(counts)
@@ -226,8 +237,22 @@ class KVArena:
             return
         by = self.end - self.span
         for layer in self.layers:
-            layer.shift(by)
+            layer.shift(by, self._in_use)
         self.end -= by
+
+    def give_back(self, slots: int) -> int:
+        """Gives up the device's memory of all but the first `slots` slots; returns how many bytes that are now."""
+        if not self._storage.gives_back:
+            return 0
+        rest, self._in_use = slice(slots, self._in_use), slots
+        return sum(self._storage.give_back(part, KV) for layer in self.layers for part in layer.on_device(rest))
+
+    def take_again(self) -> None:
+        """All slots may be used again."""
+        rest, self._in_use = slice(self._in_use, self.slots), self.slots
+        for layer in self.layers:
+            for part in layer.on_device(rest):
+                self._storage.take_again(part, KV)
 
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:

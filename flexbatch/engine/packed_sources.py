@@ -67,6 +67,10 @@ class PackedSource(ParameterSource):
         if "scale" in self.packed.parts:
             place.module.int8_scale = tensors[self.packed.parts["scale"].name]
 
+    def unbind(self, place: Place) -> None:
+        super().unbind(place)
+        vars(place.module).pop("int8_scale", None)
+
 
 @dataclass
 class QuantizedSource(PackedSource):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.memory.direct_io import AlignedBuffer
+from flexbatch.memory.pages import give_back, gives_back
 from flexbatch.memory.tiers import DiskArena, HostArena, TierBudget
 from flexbatch.plan.policy import Shares, Tier
 
@@ -34,6 +35,21 @@ class Storage:
             # Beside the heap: what lives long there keeps the room of what was freed before it from being used again.
             return AlignedBuffer(nbytes).view(0, dtype, shape)
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether memory on the device can be given back before its tensor goes."""
+        return self.device.type == "cpu" and gives_back()
+
+    def give_back(self, tensor: torch.Tensor, what: str) -> int:
+        """The memory of a part of a tensor on the device, until `take_again`; returns its bytes."""
+        give_back(tensor)
+        self.budgets[Tier.DEVICE].release(tensor.nbytes, what)
+        return tensor.nbytes
+
+    def take_again(self, tensor: torch.Tensor, what: str) -> None:
+        """The part of a tensor is used again; it is zeros."""
+        self.budgets[Tier.DEVICE].reserve(tensor.nbytes, what)
 
     def close(self) -> None:
         for arena in self._disk_arenas:

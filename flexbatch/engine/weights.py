@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
-from flexbatch.plan.placement import place_weights, stream_bytes
+from flexbatch.plan.placement import kept_weights, place_weights, stream_bytes
 from flexbatch.plan.policy import Shares, Tier
 
 NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
@@ -81,6 +82,19 @@ def in_order_of_use(order: Sequence[str], position: int, name: str, paths: Mappi
     return moved
 
 
+@dataclass
+class Keeping:
+    """Weights that stay on the device once rows have left it. `order` is that of the stops without them, `room` the
+    bytes that are free still, `chosen` the sources to copy in this pass; `copied` are a source's slot and its tensors,
+    `tiers` where it was before."""
+
+    order: tuple[str, ...] = ()
+    room: int = 0
+    chosen: set[str] = field(default_factory=set)
+    copied: dict[str, tuple[Slot, dict[str, torch.Tensor]]] = field(default_factory=dict)
+    tiers: dict[str, Tier] = field(default_factory=dict)
+
+
 class Weights:
     """Supplies a stop's weights for as long as the walk is at it (`ready`)."""
 
@@ -103,8 +117,9 @@ class Weights:
         self._load_residents(sources)
         self._order = [stop.name for stop in stepped.stops if self._streamed(stop.name)]
         self._paths = stepped.paths_in_layers()
-        self._position, self._stream = 0, None
+        self._position, self._past = 0, NO_STATISTICS
         self._stream = self._open_stream() if self._order else None
+        self._keeping = Keeping()
 
     @contextmanager
     def ready(self, stop: Stop) -> Iterator[None]:
@@ -113,6 +128,9 @@ class Weights:
         tensors = {**self._packed, **self._acquire(stop.name)} if streamed else self._packed
         for slot in (*streamed, *packed):
             slot.source.bind(slot.place, tensors, self._stepped.model)
+        for slot in streamed:
+            if slot.source.name in self._keeping.chosen:
+                self._copy(slot, tensors)
         started = time.perf_counter()
         try:
             yield
@@ -120,19 +138,48 @@ class Weights:
             if self._options.on_event is not None:
                 self._options.on_event("compute", stop.name, started, time.perf_counter(), 0)
             for slot in (*streamed, *packed):
-                slot.place.module._parameters[slot.place.name] = None
+                slot.source.unbind(slot.place)
             if streamed and self._stream is not None:
                 self._stream.release(stop.name)
 
+    @property
+    def are_streamed(self) -> bool:
+        return self._stream is not None
+
     def statistics(self) -> StreamStatistics:
-        return self._stream.statistics() if self._stream is not None else NO_STATISTICS
+        return self._past + self._stream.statistics() if self._stream is not None else self._past
 
     def rewind(self) -> None:
         """Begins anew, after a pass that was given up on its way."""
         if self._stream is not None and self._position:
-            self._stream.close()
             self._position = 0
-            self._stream = self._open_stream()
+            self._reopen()
+
+    def keep(self, nbytes: int, passes: int) -> None:
+        """Between two passes: `nbytes` more of the device are free for the last `passes` passes. Streamed weights are
+        copied there on their way, and from the pass after that on they are there."""
+        keeping = self._keeping
+        keeping.order = keeping.order or tuple(self._order)
+        keeping.room += nbytes
+        if keeping.chosen:
+            self._make_kept()
+        if self._stream is None or not keeping.room:
+            return
+        slots = [slot for stop in self._order for slot in self._streamed(stop)]
+        sizes = {slot.source.name: _nbytes(slot) for slot in slots if self._uses[slot.source.name] == 1}
+        keeping.chosen = set(kept_weights(sizes, keeping.room, passes, self._stream.ring_bytes))
+        keeping.room -= sum(sizes[name] for name in keeping.chosen)
+
+    def forget(self) -> None:
+        """Between two runs: what was kept is streamed again."""
+        for slot, copies in self._keeping.copied.values():
+            self._storage.budgets[Tier.DEVICE].release(sum(copy.nbytes for copy in copies.values()), "weights")
+            self.tiers[slot.source.name] = self._keeping.tiers.get(slot.source.name, self.tiers[slot.source.name])
+            slot.place.module._parameters[slot.place.name] = None
+            for name in copies:
+                self._packed.pop(name, None)
+        self._order, self._keeping = list(self._keeping.order or self._order), Keeping()
+        self._reopen()
 
     def close(self) -> None:
         if self._stream is not None:
@@ -153,11 +200,46 @@ class Weights:
         """The next unit. Stops are registered in nearly the order of use; the first pass shows where they are not."""
         assert self._stream is not None
         if self._order[self._position] != name:
-            self._stream.close()
             self._order = in_order_of_use(self._order, self._position, name, self._paths)
-            self._stream = self._open_stream()
+            self._reopen()
         self._position = (self._position + 1) % len(self._order)
         return self._stream.acquire(name)
+
+    def _copy(self, slot: Slot, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keeps the weight that is bound to the slot: what it is made from, where it stays packed, else itself."""
+        value = slot.place.module._parameters[slot.place.name]
+        assert value is not None
+        if slot.source.stays_packed:
+            copied = {entry.name: tensors[entry.name] for entry in slot.source.entries}
+        else:
+            copied = {slot.source.name: value.detach()}
+        self._keeping.copied[slot.source.name] = (slot, {name: self._own(tensor) for name, tensor in copied.items()})
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._storage.zeros(Tier.DEVICE, tuple(tensor.shape), tensor.dtype, "weights").copy_(tensor)
+
+    def _make_kept(self) -> None:
+        """Makes residents of the weights that were copied."""
+        keeping = self._keeping
+        for name in keeping.chosen & keeping.copied.keys():
+            slot, copies = keeping.copied[name]
+            keeping.tiers[name], self.tiers[name] = self.tiers[name], Tier.DEVICE
+            if slot.source.stays_packed:
+                self._packed.update(copies)
+            else:
+                slot.place.module._parameters[slot.place.name] = parameter(copies[name])
+        keeping.chosen = set()
+        self._order = [stop for stop in self._order if self._streamed(stop)]
+        self._reopen()
+
+    def _reopen(self) -> None:
+        """The stream anew, from where the walk is, for what is streamed now."""
+        if self._stream is not None:
+            self._past = self.statistics()
+            self._stream.close()
+            self._stream = None  # before the next one's buffer is made
+        if self._order:
+            self._stream = self._open_stream()
 
     def _open_stream(self) -> WeightStream:
         names = self._order[self._position :] + self._order[: self._position]
@@ -219,6 +301,13 @@ class Weights:
         buffer = AlignedBuffer(-(-entry.nbytes // PAGE) * PAGE + 2 * PAGE)
         start = self._options.reader.read(entry.file, entry.offset, entry.nbytes, buffer, 0)
         return buffer.view(start, TORCH_DTYPES[entry.dtype], entry.shape)
+
+
+def _nbytes(slot: Slot) -> int:
+    """Of the weight once it is on the device for good."""
+    if slot.source.stays_packed:
+        return slot.source.nbytes
+    return sum(math.prod(entry.shape) for entry in slot.source.entries) * slot.place.dtype.itemsize
 
 
 def _only_buffers(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -55,6 +55,15 @@ class StreamStatistics:
     wait_seconds: float
     units_delivered: int
 
+    def __add__(self, other: StreamStatistics) -> StreamStatistics:
+        return StreamStatistics(
+            bytes_moved=Counter(self.bytes_moved) + Counter(other.bytes_moved),
+            busy_seconds={kind: self.busy_seconds.get(kind, 0.0) + more for kind, more in other.busy_seconds.items()},
+            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
+            wait_seconds=self.wait_seconds + other.wait_seconds,
+            units_delivered=self.units_delivered + other.units_delivered,
+        )
+
 
 class WeightStream:
     """Delivers `units` in cyclic order, for ever. See the module's docstring.

@@ -7,7 +7,7 @@ everywhere and nowhere long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flexbatch.plan.policy import Shares, Tier
 
@@ -55,6 +55,20 @@ def place_weights(sizes: Sequence[int], uses: Sequence[int], shares: Shares) -> 
     for index, tier in zip(rest, tiers, strict=True):
         placed[index] = tier
     return placed
+
+
+def kept_weights(sizes: Mapping[str, int], room: int, passes: int, lost: int) -> list[str]:
+    """Which streamed tensors (bytes by name) go into `room` bytes that are free for the last `passes` passes.
+
+    The first of them still carries all, so that they can be copied on their way. None where they would spare no more
+    than `lost` bytes: what the stream has read ahead, and reads again when it begins anew without them.
+    """
+    chosen, left = list[str](), room
+    for name, size in sizes.items():
+        if size <= left:
+            chosen.append(name)
+            left -= size
+    return chosen if (room - left) * (passes - 1) > lost else []
 
 
 def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from flexbatch.plan.memory_need import (
     Need,
     first_used_bytes,
     held_weights,
+    kv_unit_bytes,
     number_bytes,
     streamable_bytes,
     weight_form,
@@ -64,7 +65,7 @@ def pass_terms(
     return [
         *prefill_terms(spec, hardware, workload, policy, load),
         *decode_terms(spec, hardware, workload, policy, load),
-        *weight_terms(spec, hardware, policy),
+        *weight_terms(spec, hardware, policy, kept_bytes(spec, hardware, workload, policy, load)),
         *kv_terms(spec, hardware, workload, policy, load),
         *overhead_terms(spec, hardware, workload, policy, load),
     ]
@@ -129,13 +130,24 @@ def decode_terms(
     yield _compute("head", 2.0 * load.decoding * spec.head_parameters, head_rate(spec, hardware, load.decoding))
 
 
-def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> Iterator[Term]:
-    """The streamed share of the weights, once a pass; tied embeddings that are not on the device go by again."""
+def kept_bytes(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad) -> float:
+    """Bytes of weights that lie where rows were: where the system takes memory back piece by piece."""
+    if hardware.has_accelerator or not load.idle:
+        return 0.0
+    idle = max(0.0, load.idle - policy.slots * (1.0 - policy.kv.device))
+    converted = spec.dtype_bytes / number_bytes(spec) if weight_form(policy) == 16 else 1.0
+    return idle * len(spec.layers) * kv_unit_bytes(spec, workload, policy) * converted
+
+
+def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy, kept: float = 0.0) -> Iterator[Term]:
+    """The streamed share of the weights without the `kept` bytes, once a pass; tied embeddings that are not on the
+    device go by again."""
     total, again = streamable_bytes(spec, policy), held_weights(spec, policy).again
     from_disk, from_host = total * policy.weights.disk, total * policy.weights.host
     if again:
         away = from_disk + from_host
         from_disk, from_host = (part * (1.0 + again / away) for part in (from_disk, from_host))
+    from_disk = max(0.0, from_disk - kept)
     streamed = from_disk + from_host
     if from_disk:
         yield Term("weights from disk", Resource.DISK, from_disk / hardware.disk_read, from_disk, "bytes")

@@ -71,11 +71,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class PassLoad:
-    """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed."""
+    """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed. The
+    memory of `idle` slots holds weights, because no row comes any more."""
 
     joining: float
     decoding: float
     groups: float = 0.0
+    idle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class Schedule:
 
 
 def schedule(workload: Workload, slots: int, prefill_tokens: float, shortest_part: int) -> Schedule:
-    """The passes of a job. A long job is simulated at two lengths and continued as the straight line between them.
+    """The passes of a job. A long job is simulated at two lengths and continued as the straight line between them;
+    what it does when no row comes any more does not grow.
 
     With a `shortest_part` prompts enter in parts where they do not fit a pass's tokens; 0: whole.
     """
@@ -104,11 +107,8 @@ def schedule(workload: Workload, slots: int, prefill_tokens: float, shortest_par
         _Simulation(workload, slots, prefill_tokens, shortest_part).run(rows) for rows in (short, long)
     )
     times = (workload.rows - long) / (long - short)
-    loads = {
-        load: count
-        for load in {**first, **second}
-        if (count := second.get(load, 0) + times * (second.get(load, 0) - first.get(load, 0))) > 0
-    }
+    more = {load: times * (second.get(load, 0) - first.get(load, 0)) for load in {**first, **second} if not load.idle}
+    loads = {load: count for load in {**second, **more} if (count := second.get(load, 0) + more.get(load, 0.0)) > 0}
     return Schedule(loads, ramp)
 
 
@@ -126,7 +126,7 @@ class _Simulation:
 
     def run(self, rows: int) -> tuple[dict[PassLoad, float], dict[PassLoad, float]]:
         """How often each load occurs, and how often until the slots are full."""
-        waiting, filling, shared = rows, True, self._workload.shared_tokens
+        waiting, filling, shared, idle = rows, True, self._workload.shared_tokens, 0
         loads: Counter[PassLoad] = Counter()
         ramp: Counter[PassLoad] = Counter()
         while waiting or self._live or self._admission.is_entering:
@@ -136,10 +136,12 @@ class _Simulation:
             joining, started = self._join(waiting)
             waiting -= started
             if joining or live:
-                load = PassLoad(joining, live, joining / self._workload.rows_per_group if shared else 0.0)
+                load = PassLoad(joining, live, joining / self._workload.rows_per_group if shared else 0.0, idle)
                 loads[load] += 1
                 if filling:
                     ramp[load] += 1
+            if not (waiting or joining):
+                idle = self._slots - live
             filling = filling and self._live + self._admission.is_entering < self._slots and waiting > 0
         return dict(loads), dict(ramp)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.plan.placement import place_weights
+from flexbatch.plan.placement import kept_weights, place_weights
 from flexbatch.plan.policy import Shares, Tier
 
 
@@ -22,3 +22,20 @@ def test_tied_weights_come_first_on_the_device_and_shares_still_hold(sizes: list
     tied = [size for size, count in zip(sizes, uses, strict=True) if count > 1]
     if sum(tied) <= device * total:
         assert all(where is Tier.DEVICE for where, count in zip(tiers, uses, strict=True) if count > 1)
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 1000), max_size=30),
+    st.integers(0, 5000),
+    st.integers(1, 40),
+    st.integers(0, 20_000),
+)
+def test_kept_weights_fit_and_spare_more_than_beginning_anew_costs(
+    sizes: dict[str, int], room: int, passes: int, lost: int
+) -> None:
+    kept = kept_weights(sizes, room, passes, lost)
+    nbytes = sum(sizes[name] for name in kept)
+    assert nbytes <= room
+    assert not kept or nbytes * (passes - 1) > lost
+    if kept:
+        assert all(size > room - nbytes for name, size in sizes.items() if name not in kept)

@@ -1,0 +1,131 @@
+"""At the end of a job the memory of rows that are done holds weights: less is read, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexbatch.engine import model as building
+from flexbatch.engine.engine import Engine
+from flexbatch.engine.opening import Limits
+from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.records import Completion, Request, Sampling
+from tests.engine.families import prompts, reference, saved
+from tests.engine.running import answer, assert_same_tokens, engine
+
+LONGEST, NEW_TOKENS = 20, 60
+ROWS = 7
+SLOTS = 5
+
+
+def asked() -> list[Request]:
+    """Rows that are done one after the other."""
+    lengths = [NEW_TOKENS - 9 * (index % 7) for index in range(ROWS)]
+    return [
+        Request(index, prompt, Sampling(max_new_tokens=new))
+        for index, (prompt, new) in enumerate(zip(prompts(ROWS, LONGEST), lengths, strict=True))
+    ]
+
+
+def opened(family: str, policy: Policy, folder: Path, limits: Limits | None = None) -> Engine:
+    return engine(saved(family), policy, LONGEST + NEW_TOKENS, folder, limits=limits)
+
+
+def on_device(running: Engine) -> set[str]:
+    return {name for name, tier in running._weights.tiers.items() if tier is Tier.DEVICE}
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["layers", "matrices"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gemma2", "mixtral"])
+def test_weights_move_in_and_the_tokens_are_those_of_transformers(
+    family: str, divided: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if divided:
+        monkeypatch.setattr(building, "LARGE_LAYER_PARAMETERS", 1)
+    running = opened(family, Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
+    before = on_device(running)
+    done, _ = answer(running, asked())
+    for request in asked():
+        want = reference(family, request.prompt_ids, request.sampling.max_new_tokens)
+        assert_same_tokens(family, request.prompt_ids, done[request.index].token_ids, want)
+    assert before < on_device(running)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(Shares(0, 0), slots=SLOTS, weight_bits=8),
+        Policy(Shares(0, 0), slots=SLOTS, weight_bits=4, kv_bits=8),
+        Policy(Shares(0, 0), slots=SLOTS, compute="int8"),
+        Policy(Shares(0.2, 0.3), Shares(0.6, 0.4), slots=SLOTS),
+    ],
+    ids=["8 bits", "4 bits, KV in 8", "int8", "KV and weights on the host"],
+)
+def test_every_form_of_weights_gives_the_same_tokens_kept_as_streamed(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = opened("opt", policy, tmp_path)
+    before = on_device(running)
+    kept, _ = answer(running, asked())
+    assert before < on_device(running)
+    monkeypatch.setattr(Engine, "_use_free_slots", lambda _: None)
+    streamed, _ = answer(opened("opt", policy, tmp_path), asked())
+    assert {index: each.token_ids for index, each in kept.items()} == {
+        index: each.token_ids for index, each in streamed.items()
+    }
+
+
+def test_the_next_run_has_all_its_slots_and_streams_all_its_weights_again(tmp_path: Path) -> None:
+    running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
+    budget, before = running._storage.budgets[Tier.DEVICE], on_device(running)
+
+    def run() -> tuple[list[tuple[int, ...]], int, int]:
+        at_once, done = 0, list[Completion]()
+        for result in running.run(iter(asked())):
+            if not at_once:
+                assert on_device(running) == before
+            at_once = max(at_once, result.rows_in_flight)
+            done += result.completions
+        tokens = [each.token_ids for each in sorted(done, key=lambda each: each.index)]
+        return tokens, at_once, budget.used
+
+    assert run() == run()
+    assert on_device(running) > before
+    running.close()
+
+
+def test_what_is_kept_takes_no_more_than_rows_have_left(tmp_path: Path) -> None:
+    policy = Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40)
+    running = opened("opt", policy, tmp_path)
+    budget = running._storage.budgets[Tier.DEVICE]
+    used = list[int]()
+    for _ in running.run(iter(asked())):
+        used.append(budget.used)
+    running.close()
+    assert max(used) == used[0]
+    assert budget.peak == used[0]
+    assert budget.by_purpose["weights"] > 0
+
+
+def test_waits_and_bytes_are_counted_on_when_the_stream_begins_anew(tmp_path: Path) -> None:
+    running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
+    _, passes = answer(running, asked())
+    assert min(result.waits["weights"] for result in passes) >= 0
+    assert min(sum(result.bytes_moved.values()) for result in passes) >= 0
+
+
+def test_an_arena_that_is_shifted_leaves_alone_what_was_given_back(tmp_path: Path) -> None:
+    """Copying free slots would bring their pages back, beside the weights that took their place."""
+    running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
+    arena = running._arena
+    answer(running, asked())
+    with torch.inference_mode():
+        for layer in arena.layers:
+            for part in layer.segments[0].parts:
+                part[1:].fill_(7)
+        arena.reserve(arena.columns - arena.end)
+        for layer in arena.layers:
+            for part in layer.segments[0].parts:
+                assert part[1:].eq(7).all()

@@ -1,0 +1,37 @@
+"""The plan knows that at the end of a job the memory of finished rows holds weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexbatch.plan.memory_need import kv_unit_bytes, streamable_bytes
+from flexbatch.plan.policy import Policy, Shares
+from flexbatch.plan.terms import pass_terms
+from flexbatch.plan.workload import PassLoad, Workload, schedule
+from tests.plan.examples import machine, model
+
+
+@pytest.mark.parametrize("rows", [20, 64, 500], ids=["few", "some", "a continued schedule"])
+def test_slots_are_idle_once_no_row_comes_and_never_before(rows: int) -> None:
+    slots, new = 12, 32
+    loads = schedule(Workload.uniform(rows, 512, new), slots, 192.0, 32).loads
+    idle = {load: count for load, count in loads.items() if load.idle}
+    assert all(load.joining == 0 and load.decoding + load.idle <= slots for load in idle)
+    assert new - slots <= sum(idle.values()) < new
+    assert max(load.idle for load in idle) == slots - 1
+
+
+@pytest.mark.parametrize("idle", [0, 1, 5])
+def test_idle_slots_spare_the_disk_their_bytes(idle: int) -> None:
+    spec, hardware, work = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(64)
+    policy = Policy(Shares(0.1, 0.0), slots=12, prefill_tokens=192)
+    terms = {term.what: term for term in pass_terms(spec, hardware, work, policy, PassLoad(0, 3, idle=idle))}
+    spared = idle * len(spec.layers) * kv_unit_bytes(spec, work, policy)
+    assert terms["weights from disk"].amount == pytest.approx(0.9 * streamable_bytes(spec, policy) - spared, rel=0.05)
+
+
+def test_no_more_is_spared_than_is_streamed() -> None:
+    spec, hardware, work = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(64)
+    policy = Policy(Shares(0.9, 0.0), slots=12, prefill_tokens=192)
+    terms = {term.what for term in pass_terms(spec, hardware, work, policy, PassLoad(0, 1, idle=11))}
+    assert "weights from disk" not in terms
