@@ -19,14 +19,15 @@ LARGEST = np.float32(127)
 TINY = np.finfo(np.float32).tiny
 SIZE = np.uint16(0x7FFF)  # a bfloat16 without its sign: as an integer it orders sizes
 SMALL = 1 << 16  # numbers; with fewer a second thread costs more than it brings
+FEW_THREADS = 2  # one of so many moves numbers nearly as fast as both, and the other need not be woken
 
 
-def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def round_rows(rows: torch.Tensor, zero_point: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 of the shape of `rows` (bfloat16 `[rows, numbers]`, contiguous), and float32 scales `[rows]`: the largest
-    size of a row becomes 127."""
+    size of a row becomes 127. `zero_point` is added to each number, in eight bits."""
     values, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
     kernel: Any = _round
-    arguments = (rows.view(torch.uint16).numpy(), values.numpy(), scale.numpy())
+    arguments = (rows.view(torch.uint16).numpy(), values.numpy(), scale.numpy(), np.int32(zero_point))
     on_all_threads(lambda first, step: kernel(*arguments, first, step), _threads(rows))
     return values, scale
 
@@ -48,11 +49,11 @@ def scale_sums(
 
 
 def _threads(numbers: torch.Tensor) -> int | None:
-    return 1 if numbers.numel() < SMALL else None
+    return 1 if numbers.numel() < SMALL or torch.get_num_threads() <= FEW_THREADS else None
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _round(rows: Any, values: Any, scale: Any, first: int, step: int) -> None:
+def _round(rows: Any, values: Any, scale: Any, zero_point: int, first: int, step: int) -> None:
     """Every `step`-th row from `first` on."""
     for row in range(first, rows.shape[0], step):
         numbers, target = rows[row], values[row]
@@ -62,7 +63,7 @@ def _round(rows: Any, values: Any, scale: Any, first: int, step: int) -> None:
         scale[row] = max(widened(largest) / LARGEST, TINY)
         times = np.float32(1) / scale[row]
         for index in range(len(numbers)):
-            target[index] = np.int8(np.int32(np.rint(widened(numbers[index]) * times)))
+            target[index] = np.int8(np.int32(np.rint(widened(numbers[index]) * times)) + zero_point)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -130,16 +130,23 @@ def int8_linear(
 def _product(
     rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    values, scale = quantize_rows(rows)
+    values, scale = _rounded(rows, ZERO_POINT if weight.is_mkldnn else 0)
     return _scaled(int8_sums(values, weight), scale, weight_scale, offset, rows)
 
 
+def _rounded(rows: torch.Tensor, zero_point: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` with `zero_point` added to each number, in eight bits."""
+    if _suits_kernels(rows):
+        return round_rows(rows.contiguous(), zero_point)
+    values, scale = quantize_rows(rows)
+    return (values.view(torch.uint8) + zero_point).view(torch.int8) if zero_point else values, scale
+
+
 def int8_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`values` int8 [rows, in], which may be overwritten, times `weight` as for `int8_linear`: the exact sums, int32 or
-    rounded to float32, [rows, out]."""
+    """`values` int8 [rows, in] times `weight` as for `int8_linear`: the exact sums, int32 or rounded to float32,
+    [rows, out]. With a weight in the blocked format `ZERO_POINT` has been added to the values, in eight bits."""
     if weight.is_mkldnn:
-        # Turning the sign bit over adds 128 to a number that is read without a sign.
-        return integer_product(values.view(torch.uint8).bitwise_xor_(ZERO_POINT), weight)
+        return integer_product(values.view(torch.uint8), weight)
     return torch._int_mm(values, weight.t())
 
 
