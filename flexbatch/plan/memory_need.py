@@ -176,7 +176,8 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
     elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if workload.shared_tokens:
-        groups = math.ceil(policy.slots / workload.rows_per_group) + 1
+        in_all = math.ceil(workload.rows / workload.rows_per_group)
+        groups = min(in_all, math.ceil(policy.slots / workload.rows_per_group) + 1)
         nbytes = groups * workload.shared_tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
         items.append(Need("KV of shared prefixes", Tier.DEVICE, math.ceil(nbytes)))
     return items
@@ -186,10 +187,11 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
     size = number_bytes(spec)
     longest = max(1.0, workload.longest_prompt - math.floor(workload.shared_tokens))
     joining, tokens = _joining(workload, policy, longest)
+    prompts = tokens + math.ceil(workload.shared_tokens)
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
-        at_once = tokens + policy.slots + math.ceil(workload.shared_tokens)
+        at_once = prompts + policy.slots
     else:
-        at_once = max(policy.slots, min(tokens, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
+        at_once = max(policy.slots, min(prompts, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them

@@ -180,5 +180,6 @@ def columns(workload: Workload) -> int:
 
 def column_slack(longest: int) -> int:
     """Columns between two shifts of the arena: few, because every slot has them, and many enough that the shift's copy
-    of the arena costs some percent of the reading that the passes between do. A sixteenth of a row, 32 at the least."""
-    return max(32, longest // 16)
+    costs little beside the passes between. With s columns a pass streams weights for s of them and copies a part 1/s
+    of the arena, so the root of a row's length is near the best, whatever the machine; 16 at the least."""
+    return max(16, math.isqrt(longest))
