@@ -160,7 +160,7 @@ class Engine:
         self._arena.advance()
         parts, joining, new_prefixes = self._join(this)
         self._fill_holes(parts, joining)
-        if self._all_came and not (self._waiting or parts or joining) and self._weights.are_streamed:
+        if self._all_came and not (self._waiting or parts or joining):
             self._use_free_slots()
         decoding = self._decoding()
         pieces: list[Piece[Any]] = [decoding] if decoding is not None else []
@@ -254,6 +254,8 @@ class Engine:
 
     def _use_free_slots(self) -> None:
         """No row comes any more: the memory of free slots goes to weights."""
+        if not (self._weights.are_streamed and self._storage.gives_back):
+            return
         live = self._live
         freed = self._arena.give_back(len(live))
         del self._slots[len(live) :]

@@ -242,8 +242,6 @@ class KVArena:
 
     def give_back(self, slots: int) -> int:
         """Gives up the device's memory of all but the first `slots` slots; returns how many bytes that are now."""
-        if not self._storage.gives_back:
-            return 0
         rest, self._in_use = slice(slots, self._in_use), slots
         return sum(self._storage.give_back(part, KV) for layer in self.layers for part in layer.on_device(rest))
 

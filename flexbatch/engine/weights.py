@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,25 +11,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
+from flexbatch.engine.checkpoint_map import ParameterSource, parameter
 from flexbatch.engine.linear_layers import laid_out_for
 from flexbatch.engine.model import SteppedModel, Stop
+from flexbatch.engine.parameter_slots import Slot, parameter_slots, place_sources, resident_bytes
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
-from flexbatch.plan.placement import kept_weights, place_weights, stream_bytes
+from flexbatch.plan.placement import kept_weights, stream_bytes
 from flexbatch.plan.policy import Shares, Tier
 
 NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter of a stop: where it belongs and what it is made from."""
-
-    place: Place
-    source: ParameterSource
 
 
 @dataclass(frozen=True)
@@ -40,29 +32,6 @@ class StreamOptions:
     reader: Reader
     prefetch_bytes: int = 0
     on_event: OnEvent | None = None
-
-
-def parameter_slots(
-    stepped: SteppedModel, sources: Mapping[str, ParameterSource], device: torch.device
-) -> dict[str | None, list[Slot]]:
-    """Every parameter by the stop that owns it (None: the small modules between the stops)."""
-    owners = stepped.stop_of_parameter()
-    slots: dict[str | None, list[Slot]] = {}
-    for name, value in stepped.model.named_parameters(remove_duplicate=False):
-        path, _, leaf = name.rpartition(".")
-        place = Place(stepped.model.get_submodule(path), leaf, value.dtype, device)
-        slot = Slot(place, sources[name])
-        slots.setdefault(owners[name], []).append(slot)
-    return slots
-
-
-def place_sources(stops: Sequence[Stop], slots: Mapping[str | None, Sequence[Slot]], shares: Shares) -> dict[str, Tier]:
-    """A tier for each source by its name; a source that several stops share (tied weights) is placed once."""
-    owned = [slot.source for stop in stops for slot in slots.get(stop.name, ())]
-    sources, uses = {source.name: source for source in owned}, Counter(source.name for source in owned)
-    sizes = [source.nbytes for source in sources.values()]
-    tiers = place_weights(sizes, [uses[name] for name in sources], shares)
-    return dict(zip(sources, tiers, strict=True))
 
 
 def in_order_of_use(order: Sequence[str], position: int, name: str, paths: Mapping[str, tuple[int, str]]) -> list[str]:
@@ -129,7 +98,7 @@ class Weights:
         for slot in (*streamed, *packed):
             slot.source.bind(slot.place, tensors, self._stepped.model)
         for slot in streamed:
-            if slot.source.name in self._keeping.chosen:
+            if slot.source.name in self._keeping.chosen - self._keeping.copied.keys():
                 self._copy(slot, tensors)
         started = time.perf_counter()
         try:
@@ -166,7 +135,7 @@ class Weights:
         if self._stream is None or not keeping.room:
             return
         slots = [slot for stop in self._order for slot in self._streamed(stop)]
-        sizes = {slot.source.name: _nbytes(slot) for slot in slots if self._uses[slot.source.name] == 1}
+        sizes = {slot.source.name: resident_bytes(slot) for slot in slots if self._uses[slot.source.name] == 1}
         keeping.chosen = set(kept_weights(sizes, keeping.room, passes, self._stream.ring_bytes))
         keeping.room -= sum(sizes[name] for name in keeping.chosen)
 
@@ -301,13 +270,6 @@ class Weights:
         buffer = AlignedBuffer(-(-entry.nbytes // PAGE) * PAGE + 2 * PAGE)
         start = self._options.reader.read(entry.file, entry.offset, entry.nbytes, buffer, 0)
         return buffer.view(start, TORCH_DTYPES[entry.dtype], entry.shape)
-
-
-def _nbytes(slot: Slot) -> int:
-    """Of the weight once it is on the device for good."""
-    if slot.source.stays_packed:
-        return slot.source.nbytes
-    return sum(math.prod(entry.shape) for entry in slot.source.entries) * slot.place.dtype.itemsize
 
 
 def _only_buffers(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
