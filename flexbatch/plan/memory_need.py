@@ -176,9 +176,11 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
     elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if workload.shared_tokens:
-        in_all = math.ceil(workload.rows / workload.rows_per_group)
-        groups = min(in_all, math.ceil(policy.slots / workload.rows_per_group) + 1)
-        nbytes = groups * workload.shared_tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
+        nbytes = (
+            workload.groups_at_once(policy.slots)
+            * workload.shared_tokens
+            * spec.kv_bytes_per_token(16, number_bytes(spec))
+        )
         items.append(Need("KV of shared prefixes", Tier.DEVICE, math.ceil(nbytes)))
     return items
 

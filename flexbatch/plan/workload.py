@@ -65,6 +65,13 @@ class Workload:
     def generated_tokens(self) -> float:
         return self.rows * self.new_tokens
 
+    def groups_at_once(self, slots: int) -> int:
+        """The most groups that have rows in flight, the next one's among them; where the samples are all rows, no more
+        than there are."""
+        groups = math.ceil(slots / self.rows_per_group) + 1
+        are_known = len(self.prompt_lengths) >= self.rows
+        return min(groups, math.ceil(self.rows / self.rows_per_group)) if are_known else groups
+
     def without_sharing(self) -> Workload:
         return replace(self, shared_tokens=0.0, rows_per_group=1.0)
 

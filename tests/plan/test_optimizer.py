@@ -160,3 +160,10 @@ def test_along_the_frontier_rows_take_longer() -> None:
     )
     assert [each.policy.slots for each in made[:4]] == [1, 2, 4, 8]
     assert all(later.row_seconds > earlier.row_seconds for earlier, later in itertools.pairwise(made))
+
+
+def test_room_is_planned_for_one_prefix_only_where_all_rows_are_known_to_have_it() -> None:
+    known = Workload.from_samples(128, [512] * 128, 32, shared_tokens=400.0, rows_per_group=128.0)
+    sampled = Workload.from_samples(128, [512] * 64, 32, shared_tokens=400.0, rows_per_group=64.0)
+    many = Workload.from_samples(128, [512] * 128, 32, shared_tokens=400.0, rows_per_group=8.0)
+    assert [each.groups_at_once(32) for each in (known, sampled, many)] == [1, 2, 5]
