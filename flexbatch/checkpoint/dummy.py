@@ -7,6 +7,7 @@ normal with the standard deviation that models are initialised with; norm weight
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -126,7 +127,9 @@ def _check_space(folder: Path, files: list[_File], dtype: torch.dtype) -> None:
     for file in files:
         done, partial = folder / f"{file.stem}.safetensors", folder / f"{file.stem}.partial"
         if not done.exists():
-            needed += file.nbytes(dtype) - (partial.stat().st_size if partial.exists() else 0)
+            needed += file.nbytes(dtype)
+            with contextlib.suppress(FileNotFoundError):  # there is none, or another run has just renamed it
+                needed -= partial.stat().st_size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CapacityError(
@@ -171,6 +174,7 @@ def _make(folder: Path, file: _File, dtype: torch.dtype, values: _Values, report
     with partial.open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # A second run waits here and then finds the file made.
         if target.exists():
+            partial.unlink(missing_ok=True)  # the file was renamed before this one was opened: it is a new, empty one
             return
         done, kept = _whole_chunks(file.shapes, dtype, stream.tell() - len(header))
         stream.truncate(len(header) + kept if done else 0)

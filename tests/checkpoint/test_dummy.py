@@ -122,6 +122,26 @@ def test_opt_175b_needs_five_gigabytes_of_disk_and_streams_349(tmp_path: Path) -
     assert 349e9 < streamed < 350e9
 
 
+def test_a_run_that_comes_as_a_file_is_renamed_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dummy_index(OPT, torch.bfloat16, tmp_path)
+    seen, exists = list[Path](), Path.exists
+
+    def late(path: Path) -> bool:
+        """Each file is not there yet at the first look."""
+        if path.suffix == ".safetensors" and path not in seen:
+            seen.append(path)
+            return False
+        return exists(path)
+
+    monkeypatch.setattr(dummy, "_check_space", lambda *_: None)
+    monkeypatch.setattr(Path, "exists", late)
+    dummy_index(OPT, torch.bfloat16, tmp_path)
+    assert len(seen) == 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_two_runs_at_once_make_the_files_once(tmp_path: Path) -> None:
     lines: list[str] = []
     with ThreadPoolExecutor(4) as pool:  # The lock is on the open file, so threads stand for processes here.
