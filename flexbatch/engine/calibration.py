@@ -14,6 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def familiar_hardware(
     return profile_from_mapping({**rates, **_room(device, disk_folder)}, where="this machine")
 
 
+def in_this_process(profile: HardwareProfile) -> HardwareProfile:
+    """A described machine for a run here: where the process is in the memory that limits count, with what this one has.
+
+    A description cannot know how many libraries a job loads, and the limit holds for all of them.
+    """
+    if profile.has_accelerator:
+        return profile
+    return replace(profile, process_bytes=max(profile.process_bytes, _held_bytes() + PROCESS_GROWTH))
+
+
 def check_device(device: torch.device) -> None:
     there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
@@ -101,7 +112,7 @@ def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
 
 def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
     """What is free now. On a CPU the device's memory counts what this process already holds, as limits do."""
-    held = psutil.Process().memory_info().rss
+    held = _held_bytes()
     free = available_memory()
     disk = shutil.disk_usage(disk_folder).free
     if device.type == "cuda":
@@ -114,6 +125,11 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
         "disk_space": disk,
         "process_bytes": held + PROCESS_GROWTH,
     }
+
+
+def _held_bytes() -> int:
+    held: int = psutil.Process().memory_info().rss
+    return held
 
 
 def _left_to_others() -> int:

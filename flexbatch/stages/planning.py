@@ -10,7 +10,7 @@ import yaml
 
 from flexbatch.composition import bundled
 from flexbatch.config import Config
-from flexbatch.engine.calibration import familiar_hardware, measure_hardware
+from flexbatch.engine.calibration import familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
@@ -76,7 +76,8 @@ def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:
 def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure: bool) -> HardwareProfile:
     """The machine that `hardware=` names, or this one."""
     if config.hardware.profile:
-        return profile_from_mapping(config.hardware.profile, where=f"hardware={config.hardware.name}")
+        described = profile_from_mapping(config.hardware.profile, where=f"hardware={config.hardware.name}")
+        return described if measure else in_this_process(described)
     cache = working_folder(config.model.cache_dir, "model.cache_dir")
     disk = working_folder(config.offload.disk_dir, "offload.disk_dir") if config.offload.disk_dir else cache
     if model.device.type == "cpu" and not measure:

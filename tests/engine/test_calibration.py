@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from flexbatch.engine import calibration, measurement
-from flexbatch.engine.calibration import check_device, familiar_hardware, measure_hardware
+from flexbatch.engine.calibration import check_device, familiar_hardware, in_this_process, measure_hardware
 from flexbatch.errors import ConfigError
 from flexbatch.plan.hardware import profile_to_mapping
 from tests.plan.examples import machine
@@ -78,3 +79,11 @@ def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     assert len(list(cache.iterdir())) == 1
     assert profile.gemm_rate("bfloat16", 1024) > 1e9
     assert profile.disk_read > 1e6
+
+
+def test_a_run_counts_its_own_process_on_a_described_machine_but_not_on_an_accelerator() -> None:
+    small = machine("cpu-2core", process_bytes=1 << 20)
+    assert in_this_process(small).process_bytes > psutil.Process().memory_info().rss
+    large = machine("cpu-2core", process_bytes=1 << 36, device_memory=1 << 40)
+    assert in_this_process(large) == large
+    assert in_this_process(machine("t4-gcp")) == machine("t4-gcp")
