@@ -24,6 +24,7 @@ from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix, PrefixStore
 from flexbatch.engine.reading import Chosen, choose_tokens, score_slice, scored
+from flexbatch.engine.row_slots import RowSlots
 from flexbatch.engine.schedule import in_turn, pack, pack_alike
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
@@ -81,7 +82,7 @@ class Engine:
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
-        self._slots: list[GrowingRow | None] = [None] * arena.slots
+        self._slots = RowSlots(arena)
         self._waiting: deque[GrowingRow] = deque()
         self._all_came = False
 
@@ -92,7 +93,7 @@ class Engine:
             started, before = time.perf_counter(), self._weights.statistics()
             this = _Pass()
             self._fetch(requests, this)
-            if not (this.completions or self._waiting or self._live or self._entering):
+            if not (this.completions or self._waiting or self._slots.live or self._entering):
                 return
             with torch.inference_mode():
                 self._one_pass(this)
@@ -104,7 +105,7 @@ class Engine:
                     row.request.index: (row.logprobs[-1],) for row in this.grown if row.request.sampling.logprobs
                 },
                 seconds=time.perf_counter() - started,
-                rows_in_flight=len(self._live) + (self._entering is not None),
+                rows_in_flight=len(self._slots.live) + (self._entering is not None),
                 prefill_tokens=this.prefill_tokens,
                 decode_tokens=this.decode_tokens,
                 waits={"weights": after.wait_seconds - before.wait_seconds},
@@ -129,10 +130,6 @@ class Engine:
     def close(self) -> None:
         self._weights.close()
         self._storage.close()
-
-    @property
-    def _live(self) -> list[GrowingRow]:
-        return [row for row in self._slots if row is not None]
 
     def _fetch(self, requests: Iterator[Request], this: _Pass) -> None:
         """Keeps as many requests waiting as could join; those whose journal already holds everything are done."""
@@ -159,7 +156,7 @@ class Engine:
     def _one_pass(self, this: _Pass) -> None:
         self._arena.advance()
         parts, joining, new_prefixes = self._join(this)
-        self._fill_holes(parts, joining)
+        self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
         if self._all_came and not (self._waiting or parts or joining):
             self._use_free_slots()
         decoding = self._decoding()
@@ -178,7 +175,7 @@ class Engine:
         if self._prefixes is not None:
             for prefix in new_prefixes:
                 self._prefixes.admit(prefix)
-            self._prefixes.keep_only(row.shared_tokens for row in (*self._live, *self._waiting))
+            self._prefixes.keep_only(row.shared_tokens for row in (*self._slots.live, *self._waiting))
 
     def _walk(self, pieces: list[Piece[Any]]) -> list[list[Any]]:
         """All pieces through the model: in calls of several where they can be side by side, else each by itself. Gives
@@ -196,10 +193,10 @@ class Engine:
         """Takes the prompts that are prefilled in this pass out of the waiting line: parts of long ones, micro-batches
         with slots, and the prefixes that must be computed before them."""
         entering = self._entering
-        free = [slot for slot, row in enumerate(self._slots) if row is None and (not entering or slot != entering.slot)]
+        free = [slot for slot in self._slots.free if not entering or slot != entering.slot]
         own = [len(row.fed_tokens) - len(self._shared(row)) for row in self._waiting]
         splittable = [self._may_be_split(row) for row in self._waiting]
-        admitted = self._admission.admit(own, splittable, len(free), idle=not self._live and entering is None)
+        admitted = self._admission.admit(own, splittable, len(free), idle=not self._slots.live and entering is None)
         if admitted.sizes:
             self._arena.reserve(len(admitted.sizes) - 1)
         joining, new_prefixes = self._batches([self._waiting.popleft() for _ in range(admitted.whole)], free)
@@ -240,45 +237,30 @@ class Engine:
             new_prefixes.append(prefix)
         return prefix
 
-    def _fill_holes(self, parts: list[Part], joining: list[Joining]) -> None:
-        """Moves rows from the end into empty slots before them that nobody joins, so that the decode batch is dense."""
-        taken = {slot for batch in joining for slot in batch.slots}
-        taken |= {part.of.slot for part in parts}
-        occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
-        holes = [slot for slot, row in enumerate(self._slots) if row is None and slot not in taken]
-        for hole, last in zip(holes, reversed(occupied), strict=False):
-            if hole > last:
-                break
-            self._arena.move(last, hole)
-            self._slots[hole], self._slots[last] = self._slots[last], None
-
     def _use_free_slots(self) -> None:
         """No row comes any more: the memory of free slots goes to weights."""
         if not (self._weights.are_streamed and self._storage.gives_back):
             return
-        live = self._live
-        freed = self._arena.give_back(len(live))
-        del self._slots[len(live) :]
-        self._weights.keep(freed, max(row.request.sampling.max_new_tokens - len(row.tokens) for row in live))
+        left = max(row.request.sampling.max_new_tokens - len(row.tokens) for row in self._slots.live)
+        self._weights.keep(self._slots.cut(), left)
 
     def _begin(self) -> None:
         """What the end of the last run gave up is taken again."""
         self._all_came = False
-        if len(self._slots) < self._arena.slots:
-            self._slots += [None] * (self._arena.slots - len(self._slots))
+        if self._slots.are_cut:
             self._weights.forget()
-            self._arena.take_again()
+            self._slots.take_again()
 
     def _decoding(self) -> Piece[list[Chosen]] | None:
         """The decode batch over the slots up to the last live one; empty slots among them are rows of length 0."""
-        if not self._live:
+        slots = self._slots.up_to_last
+        if not slots:
             return None
-        last = max(slot for slot, row in enumerate(self._slots) if row is not None)
         rows = [
             DecodeRow(row.tokens[-1], row.arena_length, row.kept_apart) if row is not None else DecodeRow()
-            for row in self._slots[: last + 1]
+            for row in slots
         ]
-        return self._caller.decode(rows, partial(choose_tokens, self._slots[: last + 1], self._vocabulary.end_tokens))
+        return self._caller.decode(rows, partial(choose_tokens, slots, self._vocabulary.end_tokens))
 
     def _prefill(self, batch: Joining) -> Piece[list[Any]]:
         keep = max(1, *(row.request.score_tokens for row in batch.rows))
@@ -304,13 +286,12 @@ class Engine:
 
     def _settle_decoded(self, chosen: list[Chosen], this: _Pass) -> None:
         """One more token for every live row; those that are done leave their slots."""
-        slots = [slot for slot, row in enumerate(self._slots) if row is not None]
-        rows = self._live
+        slots, rows = self._slots.occupied, self._slots.live
         this.decode_tokens += len(rows)
         self._grow(rows, chosen, this)
         for slot, row in zip(slots, rows, strict=True):
             if self._is_done(row, this):
-                self._slots[slot] = None
+                self._slots.clear(slot)
 
     def _settle(self, batch: Joining, read: list[Any], this: _Pass) -> None:
         """What a prefill's logits gave: scores, or each row's first token."""
@@ -325,7 +306,7 @@ class Engine:
         for index, row in enumerate(batch.rows):
             if not self._is_done(row, this) and batch.slots:
                 row.kept_apart = batch.prefix if self._caller.stepped.merges_prefixes else None
-                self._slots[batch.slots[index]] = row
+                self._slots.put(batch.slots[index], row)
 
     def _grow(self, rows: list[GrowingRow], chosen: list[Chosen], this: _Pass) -> None:
         """One more token for each row."""
