@@ -51,17 +51,24 @@ def in_order_of_use(order: Sequence[str], position: int, name: str, paths: Mappi
     return moved
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A weight whose `tensors` (by name) were copied to the device; `tier` is where they came from."""
+
+    slot: Slot
+    tier: Tier
+    tensors: Mapping[str, torch.Tensor]
+
+
 @dataclass
 class Keeping:
     """Weights that stay on the device once rows have left it. `order` is that of the stops without them, `room` the
-    bytes that are free still, `chosen` the sources to copy in this pass; `copied` are a source's slot and its tensors,
-    `tiers` where it was before."""
+    bytes that are free still, `chosen` the sources to copy in this pass."""
 
     order: tuple[str, ...] = ()
     room: int = 0
     chosen: set[str] = field(default_factory=set)
-    copied: dict[str, tuple[Slot, dict[str, torch.Tensor]]] = field(default_factory=dict)
-    tiers: dict[str, Tier] = field(default_factory=dict)
+    copied: dict[str, Kept] = field(default_factory=dict)
 
 
 class Weights:
@@ -141,12 +148,12 @@ class Weights:
 
     def forget(self) -> None:
         """Between two runs: what was kept is streamed again."""
-        for slot, copies in self._keeping.copied.values():
-            self._storage.budgets[Tier.DEVICE].release(sum(copy.nbytes for copy in copies.values()), "weights")
-            self.tiers[slot.source.name] = self._keeping.tiers.get(slot.source.name, self.tiers[slot.source.name])
-            slot.place.module._parameters[slot.place.name] = None
-            for name in copies:
-                self._packed.pop(name, None)
+        for name, kept in self._keeping.copied.items():
+            self._storage.budgets[Tier.DEVICE].release(sum(copy.nbytes for copy in kept.tensors.values()), "weights")
+            self.tiers[name] = kept.tier
+            kept.slot.source.unbind(kept.slot.place)
+            for entry in kept.tensors:
+                self._packed.pop(entry, None)
         self._order, self._keeping = list(self._keeping.order or self._order), Keeping()
         self._reopen()
 
@@ -176,27 +183,24 @@ class Weights:
 
     def _copy(self, slot: Slot, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps the weight that is bound to the slot: what it is made from, where it stays packed, else itself."""
-        value = slot.place.module._parameters[slot.place.name]
+        name, value = slot.source.name, slot.place.module._parameters[slot.place.name]
         assert value is not None
-        if slot.source.stays_packed:
-            copied = {entry.name: tensors[entry.name] for entry in slot.source.entries}
-        else:
-            copied = {slot.source.name: value.detach()}
-        self._keeping.copied[slot.source.name] = (slot, {name: self._own(tensor) for name, tensor in copied.items()})
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._storage.zeros(Tier.DEVICE, tuple(tensor.shape), tensor.dtype, "weights").copy_(tensor)
+        given = {entry.name: tensors[entry.name] for entry in slot.source.entries}
+        own = {
+            each: self._storage.zeros(Tier.DEVICE, tuple(tensor.shape), tensor.dtype, "weights").copy_(tensor)
+            for each, tensor in (given if slot.source.stays_packed else {name: value.detach()}).items()
+        }
+        self._keeping.copied[name] = Kept(slot, self.tiers[name], own)
 
     def _make_kept(self) -> None:
         """Makes residents of the weights that were copied."""
         keeping = self._keeping
         for name in keeping.chosen & keeping.copied.keys():
-            slot, copies = keeping.copied[name]
-            keeping.tiers[name], self.tiers[name] = self.tiers[name], Tier.DEVICE
-            if slot.source.stays_packed:
-                self._packed.update(copies)
+            kept, self.tiers[name] = keeping.copied[name], Tier.DEVICE
+            if kept.slot.source.stays_packed:
+                self._packed.update(kept.tensors)
             else:
-                slot.place.module._parameters[slot.place.name] = parameter(copies[name])
+                kept.slot.place.module._parameters[kept.slot.place.name] = parameter(kept.tensors[name])
         keeping.chosen = set()
         self._order = [stop for stop in self._order if self._streamed(stop)]
         self._reopen()

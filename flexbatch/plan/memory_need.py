@@ -176,11 +176,8 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
     elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if workload.shared_tokens:
-        nbytes = (
-            workload.groups_at_once(policy.slots)
-            * workload.shared_tokens
-            * spec.kv_bytes_per_token(16, number_bytes(spec))
-        )
+        tokens = workload.groups_at_once(policy.slots) * workload.shared_tokens
+        nbytes = tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
         items.append(Need("KV of shared prefixes", Tier.DEVICE, math.ceil(nbytes)))
     return items
 

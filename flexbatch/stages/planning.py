@@ -74,7 +74,7 @@ def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:
 
 
 def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure: bool) -> HardwareProfile:
-    """The machine that `hardware=` names, or this one."""
+    """The machine that `hardware=` names, or this one; without `measure` for a run here."""
     if config.hardware.profile:
         described = profile_from_mapping(config.hardware.profile, where=f"hardware={config.hardware.name}")
         return described if measure else in_this_process(described)
