@@ -1,6 +1,8 @@
-"""Linear layers of a decoder layer in bfloat16 on a CPU: multiplied by oneDNN's own linear, weights laid out for it.
+"""Linear layers in bfloat16 on a CPU, multiplied the way that is fastest on it.
 
-The results are those of `torch.nn.Linear`, bit for bit (tests/memory/test_blocked_weight.py).
+Where torch's oneDNN multiplies bfloat16, weights are laid out as it likes them (`BlockedLinear`), with the results of
+`torch.nn.Linear`, bit for bit (tests/memory/test_blocked_weight.py). Where it does not, products are our own
+(`WidenedLinear`): summed in float32 and rounded once, as there, but in another order.
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
+from flexbatch.kernels import panel_products
 from flexbatch.memory.blocked_weight import lay_out, linear, suits
+
+FEWEST_ROWS = 5
+"""That our own products are for; with fewer torch reads the weight as fast (docs/benchmarks.md)."""
 
 
 class BlockedLinear(nn.Linear):
@@ -20,15 +26,28 @@ class BlockedLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def use_blocked_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes every linear layer within the decoder layers a `BlockedLinear`, where that computes in `dtype` here."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not suits(dtype):
+class WidenedLinear(nn.Linear):
+    """A linear layer on a CPU that does not multiply bfloat16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _widened(x, self.weight, self.bias)
+
+
+def use_fastest_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes linear layers that compute in `dtype` of the kind that is fastest here: within the decoder layers where
+    weights are laid out for it, else everywhere."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
         return
-    for stop in stepped.stops:
-        if stop.layer is not None:
-            for module in stop.module.modules():
-                if type(module) is nn.Linear:
-                    module.__class__ = BlockedLinear
+    if suits(dtype):
+        layers = [stop.module for stop in stepped.stops if stop.layer is not None]
+        _become([module for layer in layers for module in layer.modules()], BlockedLinear)
+    elif panel_products.suit(dtype):
+        _become(list(stepped.model.modules()), WidenedLinear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer and nothing else."""
+    return type(module) in (nn.Linear, BlockedLinear, WidenedLinear)
 
 
 def laid_out_for(module: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -45,4 +64,22 @@ def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
 
 def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`inputs` `[rows, in]` times a weight that is laid so."""
-    return linear(inputs, weight, None) if weight.is_mkldnn else functional.linear(inputs, weight)
+    if weight.is_mkldnn:
+        return linear(inputs, weight, None)
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and panel_products.suit(weight.dtype):
+        return _widened(inputs, weight, None)
+    return functional.linear(inputs, weight)
+
+
+def _become(modules: list[nn.Module], kind: type[nn.Linear]) -> None:
+    for module in modules:
+        if type(module) is nn.Linear:
+            module.__class__ = kind
+
+
+def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) < FEWEST_ROWS:
+        return functional.linear(x, weight, bias)
+    made = panel_products.float_product(rows.contiguous(), weight.contiguous(), bias)
+    return made.view(*x.shape[:-1], len(weight))

@@ -15,7 +15,7 @@ from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.last_layer import narrow
-from flexbatch.engine.linear_layers import use_blocked_linears
+from flexbatch.engine.linear_layers import use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
 from flexbatch.engine.packed_sources import block_sources, pack_sources, smaller_form
@@ -157,7 +157,7 @@ def _with_blocked_file(
 
 def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: EngineOptions) -> _Opened:
     stepped = build(checkpoint.config, options.dtype)
-    use_blocked_linears(stepped, options.dtype, options.device)
+    use_fastest_linears(stepped, options.dtype, options.device)
     sources = map_checkpoint(stepped.model, checkpoint.entries, checkpoint.where)
     integers = policy.compute == "int8"
     if policy.weight_bits < 16 or integers:

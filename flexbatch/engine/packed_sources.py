@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
-from flexbatch.engine.linear_layers import BlockedLinear
+from flexbatch.engine.linear_layers import BlockedLinear, is_linear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
-from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
+from flexbatch.memory.int8_linear import IntegerLayout, int8_layout, int8_linear
 from flexbatch.memory.packed_file import OnProgress, PackedTensor, holds_none, is_begun, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable
@@ -62,7 +62,7 @@ class PackedSource(ParameterSource):
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
         layout, (first, *_) = self.packed.layout, self.packed.parts.values()
-        assert isinstance(layout, Int8Layout | BlockedInt8Layout | BlockedLayout)
+        assert isinstance(layout, IntegerLayout | BlockedLayout)
         place.module._parameters[place.name] = parameter(layout.weight(tensors[first.name]))
         if "scale" in self.packed.parts:
             place.module.int8_scale = tensors[self.packed.parts["scale"].name]
@@ -204,7 +204,7 @@ def smaller_form(weight_bits: int, integers: bool) -> Form:
 
 def _smaller(entry: TensorEntry, module: nn.Module, *, weight_bits: int, integers: bool) -> Layout | None:
     shape = tuple(entry.shape)
-    if integers and type(module) in (nn.Linear, BlockedLinear) and shape[-1] > 1:
+    if integers and is_linear(module) and shape[-1] > 1:
         return int8_layout(shape)
     if weight_bits < 16 and quantizable(shape, GROUP_SIZE):
         return QuantizedLayout(shape, weight_bits, GROUP_SIZE)

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from flexbatch.engine.checkpoint_map import map_checkpoint
 from flexbatch.engine.engine import Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
-from flexbatch.engine.linear_layers import use_blocked_linears
+from flexbatch.engine.linear_layers import use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build, decoder_layers
 from flexbatch.engine.storage import Storage
@@ -140,7 +140,7 @@ def _model(device: torch.device, width: int, layers: int) -> SteppedModel:
         word_embed_proj_dim=width,
     )
     stepped = build(config, half_type(device))
-    use_blocked_linears(stepped, half_type(device), device)
+    use_fastest_linears(stepped, half_type(device), device)
     return stepped
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexbatch.kernels import panel_products
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
 from flexbatch.memory.blocked_weight import (
     ZERO_POINT,
@@ -87,11 +88,36 @@ class BlockedInt8Layout:
         return blocked_form(self.shape, torch.int8)
 
 
-def int8_layout(shape: tuple[int, ...]) -> Int8Layout | BlockedInt8Layout:
+@dataclass(frozen=True, slots=True)
+class RowInt8Layout:
+    """How a weight [..., out, in] is kept for our own products: int8 as it is, and float32 scale [..., out]."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def together(self) -> int:
+        return 2
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return quantize_rows(tensor)
+
+    @property
+    def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+        return (("q", torch.int8, self.shape), ("scale", torch.float32, self.shape[:-1]))
+
+    def weight(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight for `int8_linear` over its stored values."""
+        return values
+
+
+IntegerLayout = Int8Layout | BlockedInt8Layout | RowInt8Layout
+
+
+def int8_layout(shape: tuple[int, ...]) -> IntegerLayout:
     """The layout that this machine multiplies fastest."""
     if len(shape) == 2 and suits(torch.int8):
         return BlockedInt8Layout(shape, blocked_form(shape, torch.int8).key)
-    return Int8Layout(shape)
+    return RowInt8Layout(shape) if panel_products.suit(torch.int8) else Int8Layout(shape)
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +173,8 @@ def int8_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     [rows, out]. With a weight in the blocked format `ZERO_POINT` has been added to the values, in eight bits."""
     if weight.is_mkldnn:
         return integer_product(values.view(torch.uint8), weight)
+    if weight.is_contiguous() and panel_products.suit(torch.int8):
+        return panel_products.integer_sums(values, weight)
     return torch._int_mm(values, weight.t())
 
 

@@ -50,7 +50,7 @@ def test_tokens_and_log_probabilities_are_those_of_plain_weights(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     got = [completions(family, RESIDENT, tmp_path, None), completions(family, MIXED, tmp_path, UNLIMITED)]
-    monkeypatch.setattr(opening, "use_blocked_linears", lambda *_: None)
+    monkeypatch.setattr(opening, "use_fastest_linears", lambda *_: None)
     plain = completions(family, RESIDENT, tmp_path, None)
     assert [{index: (done.token_ids, done.logprobs) for index, done in each.items()} for each in got] == [
         {index: (done.token_ids, done.logprobs) for index, done in plain.items()}

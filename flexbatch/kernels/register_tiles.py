@@ -1,0 +1,109 @@
+"""Tiles of matrix products that stay in the registers of a CPU with AVX2: numbers in float32, or pairs of int16.
+
+The vectors lie along the rows of the left matrix, whose numbers for one step are side by side; each number of the
+right matrix is repeated over a vector. So nothing is added up across a vector, and a row's sums do not depend on which
+rows are beside it (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008, section 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from flexbatch.kernels.vectors import INT32, INT64, function, memory_of
+
+LANES = 8
+VECTORS = 2
+PANEL = VECTORS * LANES
+"""Rows of the left matrix that are side by side."""
+TILE = 6
+"""Rows of the right matrix at a time: with them twelve registers hold sums, as many as two units keep busy."""
+
+INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LANES)
+PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
+
+
+def are_available() -> bool:
+    """Whether this processor has the instructions."""
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx2", "fma"))
+
+
+def _add_floats(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
+    return builder.call(function(builder, "llvm.fma.v8f32", FLOATS, [FLOATS] * 3), [ours, theirs, sums])
+
+
+def _add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
+    products = function(builder, "llvm.x86.avx2.pmadd.wd", INTEGERS, [PAIRS] * 2)
+    pairs = [builder.bitcast(each, PAIRS) for each in (ours, theirs)]
+    return builder.add(sums, builder.call(products, pairs))
+
+
+def _vector(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
+    """The place of a vector that begins at index `at`."""
+    return builder.bitcast(builder.gep(memory, [at]), kind.as_pointer())
+
+
+def _repeated(builder: Any, value: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(undefined, value, INT32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(INTEGERS, [0] * LANES))
+
+
+def _tile(kind: Any, add: Any) -> Any:
+    """The intrinsic that adds `steps` products to `TILE` by `PANEL` sums, side by side from index `to` of `out` on.
+
+    Row r of the right matrix has its numbers in `right` from `at` + r * `stride` on; step s of the left one has its
+    `PANEL` numbers in `left` from `origin` + s * `PANEL` on. A number is a float32, or a pair of int16 in four bytes.
+    """
+    places = [(row, vector) for row in range(TILE) for vector in range(VECTORS)]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        right, left, out = (memory_of(context, builder, signature.args[at], arguments[at]) for at in (0, 3, 6))
+        at, stride, origin, steps, to = (arguments[index] for index in (1, 2, 4, 5, 7))
+        targets = [
+            _vector(builder, out, builder.add(to, INT64(row * PANEL + vector * LANES)), kind) for row, vector in places
+        ]
+        starts = [builder.load(target, align=4) for target in targets]
+        rows = [builder.gep(right, [builder.add(at, builder.mul(stride, INT64(row)))]) for row in range(TILE)]
+        panel = builder.gep(left, [origin])
+        before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step, *sums = (builder.phi(each) for each in (INT64, *([kind] * len(places))))
+        first = builder.mul(step, INT64(PANEL))
+        theirs = [
+            builder.load(_vector(builder, panel, builder.add(first, INT64(vector * LANES)), kind), align=4)
+            for vector in range(VECTORS)
+        ]
+        new = []
+        for so_far, (row, vector) in zip(sums, places, strict=True):
+            if vector == 0:
+                ours = _repeated(builder, builder.load(builder.gep(rows[row], [step])), kind)
+            new.append(add(builder, so_far, ours, theirs[vector]))
+        following = builder.add(step, INT64(1))
+        for phi, start, value in zip((step, *sums), (INT64(0), *starts), (following, *new), strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
+        builder.position_at_end(end)
+        for target, value in zip(targets, new, strict=True):
+            builder.store(value, target, align=4)
+        return context.get_dummy_value()
+
+    def tile(
+        _context: Any, right: Any, at: Any, stride: Any, left: Any, origin: Any, steps: Any, out: Any, to: Any
+    ) -> Any:
+        return types.void(right, at, stride, left, origin, steps, out, to), generate
+
+    return intrinsic(tile)
+
+
+float_tile: Any = _tile(FLOATS, _add_floats)
+"""Of float32 `right`, `left` and `out`: a * b + c, rounded once a step."""
+pair_tile: Any = _tile(INTEGERS, _add_pairs)
+"""Of int32 `right` and `left`, each two int16, and int32 `out`: exact."""
