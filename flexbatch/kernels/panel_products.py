@@ -17,9 +17,9 @@ from numba import njit
 
 from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.register_tiles import PANEL, TILE, are_available, float_tile, pair_tile
-from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.threads import new_counter, on_all_threads, take
 
-BLOCK = 16 * TILE
+BLOCK = 8 * TILE
 """Most rows of the weight that are widened at a time."""
 STEPS = 512
 """Numbers, or pairs of them, of each of these rows: with them a block fills half of a small second cache."""
@@ -47,7 +47,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         left, result = source[chunk], target[chunk]
         panels = np.empty(_panels(len(left)) * left.shape[1] * PANEL, np.float32)
         _on_threads(_pack_floats, left, panels)
-        _on_threads(_multiply_floats, right, block, panels, offset, result)
+        _on_threads(_multiply_floats, new_counter(), right, block, panels, offset, result)
     return out
 
 
@@ -59,7 +59,7 @@ def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         left, result = source[chunk], target[chunk]
         panels = np.empty(_panels(len(left)) * _pairs(left.shape[1]) * PANEL, np.int32)
         _on_threads(_pack_pairs, left, panels)
-        _on_threads(_multiply_pairs, right, block, panels, result)
+        _on_threads(_multiply_pairs, new_counter(), right, block, panels, result)
     return out
 
 
@@ -164,28 +164,34 @@ _float_sums, _pair_sums = _sums(float_tile, _widen_floats), _sums(pair_tile, _wi
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply_floats(weight: Any, block: int, panels: Any, offset: Any, out: Any, first: int, step: int) -> None:
-    """Every `step`-th block of the weight from `first` on."""
+def _multiply_floats(
+    counter: Any, weight: Any, block: int, panels: Any, offset: Any, out: Any, first: int, step: int
+) -> None:  # noqa: ARG001 - a kernel's
+    """Every block of the weight that `counter` gives."""
     rows, numbers = len(out), weight.shape[1]
     wide, sums = np.zeros(BLOCK * STRIDE, np.float32), np.empty(_panels(rows) * BLOCK * PANEL, np.float32)
-    for base in range(first * block, len(weight), step * block):
+    base = take(counter) * block
+    while base < len(weight):
         count = min(block, len(weight) - base)
         _float_sums(weight, base, count, panels, numbers, wide, sums)
         for row in range(rows):
             at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
             for column in range(count):
                 target[column] = narrowed(sums[at + column * PANEL] + offset[base + column])
+        base = take(counter) * block
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply_pairs(weight: Any, block: int, panels: Any, out: Any, first: int, step: int) -> None:
-    """Every `step`-th block of the weight from `first` on."""
+def _multiply_pairs(counter: Any, weight: Any, block: int, panels: Any, out: Any, first: int, step: int) -> None:  # noqa: ARG001 - a kernel's
+    """Every block of the weight that `counter` gives."""
     rows, steps = len(out), _pairs(weight.shape[1])
     wide, sums = np.zeros(BLOCK * STRIDE, np.int32), np.empty(_panels(rows) * BLOCK * PANEL, np.int32)
-    for base in range(first * block, len(weight), step * block):
+    base = take(counter) * block
+    while base < len(weight):
         count = min(block, len(weight) - base)
         _pair_sums(weight, base, count, panels, steps, wide, sums)
         for row in range(rows):
             at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
             for column in range(count):
                 target[column] = sums[at + column * PANEL]
+        base = take(counter) * block

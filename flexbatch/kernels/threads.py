@@ -1,12 +1,21 @@
-"""Kernels on all of torch's threads: each takes every n-th piece of the work, without Python's lock."""
+"""Kernels on all of torch's threads, without Python's lock.
+
+Each takes every n-th piece of the work, or, where pieces are many and other threads may be in the way, the next one
+that nobody has taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 
 def on_all_threads(work: Callable[[int, int], None], threads: int | None = None) -> None:
@@ -21,3 +30,20 @@ def on_all_threads(work: Callable[[int, int], None], threads: int | None = None)
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="kernel")
+
+
+def new_counter() -> Any:
+    """For `take`: nothing is taken yet."""
+    return np.zeros(1, np.int64)
+
+
+def _take(_context: Any, counter: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", memory, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+take: Any = intrinsic(_take)
+"""In a kernel: the number of the next piece, from 0 on; no two threads get the same one."""
