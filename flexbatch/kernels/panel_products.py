@@ -47,7 +47,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         left, result = source[chunk], target[chunk]
         panels = np.empty(_panels(len(left)) * left.shape[1] * PANEL, np.float32)
         _on_threads(_pack_floats, left, panels)
-        _on_threads(_multiply_floats, new_counter(), right, block, panels, offset, result)
+        _on_threads(_multiply_floats, right, block, panels, offset, result)
     return out
 
 
@@ -59,7 +59,7 @@ def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         left, result = source[chunk], target[chunk]
         panels = np.empty(_panels(len(left)) * _pairs(left.shape[1]) * PANEL, np.int32)
         _on_threads(_pack_pairs, left, panels)
-        _on_threads(_multiply_pairs, new_counter(), right, block, panels, result)
+        _on_threads(_multiply_pairs, right, block, panels, result)
     return out
 
 
@@ -81,7 +81,8 @@ def _chunks(rows: int, numbers: int) -> list[slice]:
 
 
 def _on_threads(kernel: Any, *arguments: Any) -> None:
-    on_all_threads(lambda first, step: kernel(*arguments, first, step))
+    counter = new_counter()
+    on_all_threads(lambda _first, _step: kernel(counter, *arguments))
 
 
 @njit(nogil=True)
@@ -100,28 +101,31 @@ def _pair(first: Any, second: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _pack_floats(rows: Any, panels: Any, first: int, step: int) -> None:
-    """Every `step`-th panel from `first` on: a step's numbers of all its rows side by side, zeros where none is."""
+def _pack_floats(counter: Any, rows: Any, panels: Any) -> None:
+    """Every panel that `counter` gives: a step's numbers of all its rows side by side, zeros where none is."""
     count, numbers = rows.shape
-    for panel in range(first, _panels(count), step):
+    panel = take(counter)
+    while panel < _panels(count):
         for lane in range(PANEL):
             row, at = panel * PANEL + lane, panel * numbers * PANEL + lane
             for index in range(numbers):
                 panels[at + index * PANEL] = widened(rows[row, index]) if row < count else np.float32(0)
+        panel = take(counter)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _pack_pairs(rows: Any, panels: Any, first: int, step: int) -> None:
+def _pack_pairs(counter: Any, rows: Any, panels: Any) -> None:
     """The same of pairs; beside the last of an odd number is a zero."""
     count, numbers = rows.shape
-    steps = _pairs(numbers)
-    for panel in range(first, _panels(count), step):
+    steps, panel = _pairs(numbers), take(counter)
+    while panel < _panels(count):
         for lane in range(PANEL):
             row, at = panel * PANEL + lane, panel * steps * PANEL + lane
             for index in range(steps):
                 last = 2 * index + 1 == numbers
                 pair = _pair(rows[row, 2 * index], 0 if last else rows[row, 2 * index + 1]) if row < count else 0
                 panels[at + index * PANEL] = pair
+        panel = take(counter)
 
 
 @njit(nogil=True)
@@ -164,9 +168,7 @@ _float_sums, _pair_sums = _sums(float_tile, _widen_floats), _sums(pair_tile, _wi
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply_floats(
-    counter: Any, weight: Any, block: int, panels: Any, offset: Any, out: Any, first: int, step: int
-) -> None:  # noqa: ARG001 - a kernel's
+def _multiply_floats(counter: Any, weight: Any, block: int, panels: Any, offset: Any, out: Any) -> None:
     """Every block of the weight that `counter` gives."""
     rows, numbers = len(out), weight.shape[1]
     wide, sums = np.zeros(BLOCK * STRIDE, np.float32), np.empty(_panels(rows) * BLOCK * PANEL, np.float32)
@@ -182,7 +184,7 @@ def _multiply_floats(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply_pairs(counter: Any, weight: Any, block: int, panels: Any, out: Any, first: int, step: int) -> None:  # noqa: ARG001 - a kernel's
+def _multiply_pairs(counter: Any, weight: Any, block: int, panels: Any, out: Any) -> None:
     """Every block of the weight that `counter` gives."""
     rows, steps = len(out), _pairs(weight.shape[1])
     wide, sums = np.zeros(BLOCK * STRIDE, np.int32), np.empty(_panels(rows) * BLOCK * PANEL, np.int32)
