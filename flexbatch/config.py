@@ -221,6 +221,11 @@ class BenchConfig:
     )
     batches: list[int] = option([8, 16, 24, 32], "bench: batch sizes of a peer to try, until they get slower", least=1)
     peer_rows: int = option(0, "bench: rows that a peer runs at its best batch size; 0: all", least=0)
+    peer_dtype: str = option(
+        "auto",
+        "bench: the type that peers compute in; auto: the model's, or float32 on a CPU that does not multiply bfloat16",
+        one_of=("auto", "bfloat16", "float16", "float32"),
+    )
     repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)
     policies: int = option(
         0, "bench: hand-made policies to run beside the automatic one, in place of peers; 0: none", least=0

@@ -17,7 +17,7 @@ from rich.console import Console
 from flexbatch.bench.comparison import OWN, Comparison, EngineRuns
 from flexbatch.bench.fitting import why_no_room
 from flexbatch.bench.launcher import Launcher
-from flexbatch.bench.machine import describe_machine, load_average
+from flexbatch.bench.machine import describe_machine, load_average, multiplies_bfloat16
 from flexbatch.bench.peers import Search, search_batch
 from flexbatch.bench.policies import measure_policies
 from flexbatch.bench.roofline import MachineLimits
@@ -76,6 +76,7 @@ class Session:
         self._config, self._launcher, self._console = config, launcher, console
         bench = config.bench
         self._dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+        self._peer_dtype = peer_dtype(bench.peer_dtype, self._dtype)
         self._model = model_folder(config, self._dtype)
         self._template = Trial(
             engine=OWN,
@@ -100,11 +101,13 @@ class Session:
                 measured[engine].append(self._run(trial))
         engines = tuple(self._engine_runs(engine, runs, searches.get(engine)) for engine, runs in measured.items())
         comparison = Comparison(prompts, self._template.new_tokens, limits, engines, self._int8)
-        conditions = [*sorted(self._launcher.conditions), *filter(None, (prompts.note, comparison.agreement()))]
+        notes = (prompts.note, self._peer_note(), comparison.agreement())
+        conditions = [*sorted(self._launcher.conditions), *filter(None, notes)]
         print_comparison(self._console, self._title(), comparison, conditions)
         return {
             "model": self._config.model.name,
             "dtype": self._dtype,
+            "peer_dtype": self._peer_dtype,
             "memory_limit_bytes": self._template.limit,
             "rows": self._template.rows,
             "prompt_tokens": sum(prompts.lengths),
@@ -152,13 +155,13 @@ class Session:
 
     def _search(self, peer: str) -> Search:
         """The peer's best batch size, or why it cannot run here."""
-        error = why_no_room(self._trial(peer))
+        error = why_no_room(self._peer_trial(peer))
         if not error and peer in PREPARATIONS:
-            error = self._run(self._trial(PREPARATIONS[peer], limit=0)).error
+            error = self._run(self._peer_trial(PREPARATIONS[peer], limit=0)).error
         if error:
             return Search((Outcome(peer, error=error),))
         sizes = [min(size, self._template.rows) for size in self._config.bench.batches]
-        return search_batch(sizes, lambda size: self._run(self._trial(peer, batch=size, rows=size)))
+        return search_batch(sizes, lambda size: self._run(self._peer_trial(peer, batch=size, rows=size)))
 
     def _turns(self, searches: dict[str, Search]) -> Iterator[tuple[str, Trial]]:
         yield OWN, self._trial(OWN)
@@ -167,7 +170,7 @@ class Session:
             if search.best is not None:
                 size = search.best.batch
                 # Whole batches, so that the peer's rate is that of its best size.
-                yield peer, self._trial(peer, batch=size, rows=min(self._template.rows, max(size, rows)))
+                yield peer, self._peer_trial(peer, batch=size, rows=min(self._template.rows, max(size, rows)))
 
     def _engine_runs(self, engine: str, runs: list[Outcome], search: Search | None) -> EngineRuns:
         if search is not None and search.best is None:
@@ -178,12 +181,27 @@ class Session:
     def _trial(self, engine: str, **changes: Any) -> Trial:
         return dataclasses.replace(self._template, engine=engine, **changes)
 
+    def _peer_trial(self, engine: str, **changes: Any) -> Trial:
+        return self._trial(engine, dtype=self._peer_dtype, **changes)
+
+    def _peer_note(self) -> str:
+        if self._peer_dtype == self._dtype or not self._config.bench.peers:
+            return ""
+        return f"peers compute in {self._peer_dtype}, of the same stored weights"
+
     def _run(self, trial: Trial) -> Outcome:
         load = load_average()
         size = f", batch {trial.batch}" if trial.batch else ""
         with self._console.status(f"{trial.engine}{size} (load {load})"):
             outcome = self._launcher.run(trial)
         return dataclasses.replace(outcome, load_before=load)
+
+
+def peer_dtype(choice: str, own: str) -> str:
+    """The type that peers compute in where flexbatch computes in `own`: what is fastest for them."""
+    if choice != "auto":
+        return choice
+    return "float32" if own == "bfloat16" and not multiplies_bfloat16() else own
 
 
 def model_folder(config: Config, dtype: str) -> Path:

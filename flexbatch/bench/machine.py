@@ -30,16 +30,27 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether torch's products of bfloat16 are fast on this CPU: on x86 they take AVX-512."""
+    flags = _processor_fields().get("flags", "").split()
+    return "avx512bw" in flags or platform.machine() not in ("x86_64", "AMD64") or not flags
+
+
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.partition("\t:")[::2] for line in lines if "\t:" in line)
-    name = fields.get("model name", platform.machine()).strip()
+    fields = _processor_fields()
+    name = fields.get("model name", platform.processor() or platform.machine()).strip()
     flags = fields.get("flags", "").split()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]
     return f"{name} ({', '.join(known)})" if known else name
+
+
+def _processor_fields() -> dict[str, str]:
+    """What Linux says of the last core; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return dict(line.partition("\t:")[::2] for line in lines if "\t:" in line)
 
 
 def _version(package: str) -> str:

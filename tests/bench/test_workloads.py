@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexbatch.bench import command
 from flexbatch.bench.peers import search_batch
 from flexbatch.bench.trial import Outcome
 from flexbatch.bench.workloads import computed_prompt_tokens, fewshot, mixed_lengths, random_prompts, sorted_batches
@@ -85,3 +86,19 @@ def test_the_search_stops_where_memory_runs_out() -> None:
     assert search.best is not None
     assert search.best.batch == 8
     assert search_batch([16], attempt).error == "killed"
+
+
+@pytest.mark.parametrize(
+    ("choice", "own", "multiplies", "expected"),
+    [
+        ("auto", "bfloat16", True, "bfloat16"),
+        ("auto", "bfloat16", False, "float32"),
+        ("auto", "float32", False, "float32"),
+        ("bfloat16", "bfloat16", False, "bfloat16"),
+    ],
+)
+def test_peers_compute_in_the_type_that_is_fastest_for_them(
+    choice: str, own: str, multiplies: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "multiplies_bfloat16", lambda: multiplies)
+    assert command.peer_dtype(choice, own) == expected
