@@ -38,7 +38,7 @@ def multiplies_bfloat16() -> bool:
 
 def _processor() -> str:
     fields = _processor_fields()
-    name = fields.get("model name", platform.processor() or platform.machine()).strip()
+    name = fields.get("model name", platform.processor() or platform.machine())
     flags = fields.get("flags", "").split()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]
     return f"{name} ({', '.join(known)})" if known else name
@@ -50,7 +50,8 @@ def _processor_fields() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return {}
-    return dict(line.partition("\t:")[::2] for line in lines if "\t:" in line)
+    pairs = (line.partition(":")[::2] for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _version(package: str) -> str:

@@ -16,8 +16,9 @@ import torch
 from numba import njit
 
 from flexbatch.kernels.floats import narrowed, widened
-from flexbatch.kernels.register_tiles import PANEL, TILE, are_available, float_tile, pair_tile
+from flexbatch.kernels.register_tiles import PANEL, TILE, float_tile, pair_tile
 from flexbatch.kernels.threads import new_counter, on_all_threads, take
+from flexbatch.kernels.vectors import multiplies_floats
 
 BLOCK = 8 * TILE
 """Most rows of the weight that are widened at a time."""
@@ -25,13 +26,13 @@ STEPS = 512
 """Numbers, or pairs of them, of each of these rows: with them a block fills half of a small second cache."""
 STRIDE = STEPS + 16
 """From one widened row to the next: no power of two, or the rows would share a few lines of the cache."""
-PANEL_BYTES = 16 << 20
+PANEL_BYTES = 8 << 20
 """Most memory for widened inputs."""
 
 
 def suit(dtype: torch.dtype) -> bool:
     """Whether these are this CPU's way to multiply numbers of this type: torch has none that is fast."""
-    if not are_available():
+    if not multiplies_floats():
         return False
     return dtype == torch.int8 or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -1,9 +1,9 @@
-"""Attention of many queries to bfloat16 keys on a CPU with AVX512-BF16: to keys that all rows share and to each row's
-own, in one softmax.
+"""Attention of many queries to bfloat16 keys on a CPU with AVX512-BF16, or with AVX2 and no bfloat16: to keys that all
+rows share and to each row's own, in one softmax.
 
 torch's kernel multiplies at a quarter of the processor's rate here, computes what is masked, and has to be asked once
-for shared keys and once for own ones (docs/benchmarks.md). Scores, sums and the softmax are float32; the softmax's
-weights are rounded to bfloat16 for the product with the values, as in torch's.
+for shared keys and once for own ones (docs/benchmarks.md). Scores, sums and the softmax are float32; for the product
+with the values the softmax's weights are rounded to bfloat16 where the processor multiplies that, as in torch's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numba import njit
 
+from flexbatch.kernels import panel_products
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import LOG2_OF_E
-from flexbatch.kernels.online_softmax import answer, begin, gather_keys, gather_values, new_tile, see
-from flexbatch.kernels.pair_products import COLUMNS, ROWS
+from flexbatch.kernels.online_softmax import UNIT, answer, begin, gather_keys, gather_values, new_tile, see
+from flexbatch.kernels.small_products import COLUMNS, NUMBERS, ROWS
 from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import WIDTH, multiplies_pairs
 
@@ -38,6 +39,11 @@ class Source(NamedTuple):
     columns: int
 
 
+def is_available() -> bool:
+    """Whether this processor is one that the kernel is for."""
+    return multiplies_pairs() or panel_products.suit(torch.bfloat16)
+
+
 def suits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether `prefill_attention` takes these."""
     return (
@@ -45,7 +51,7 @@ def suits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool
         and query.dtype == keys.dtype == values.dtype == torch.bfloat16
         and query.shape[3] % ROWS == values.shape[3] % ROWS == 0
         and query.stride(3) == keys.stride(3) == values.stride(3) == 1
-        and multiplies_pairs()
+        and is_available()
     )
 
 
@@ -136,10 +142,9 @@ def _attend(
 
 @njit(nogil=True)
 def _room(count: int, size: int, value_size: int) -> Any:
-    """Memory for so many keys' and values' pairs, in whole products."""
-    return np.empty((count + ROWS - 1) // ROWS * ROWS * (size // 2), np.uint32), np.empty(
-        (count + 1) // 2 * value_size, np.uint32
-    )
+    """Memory for so many keys' and values' units, in whole products."""
+    keys = np.empty((count + ROWS - 1) // ROWS * ROWS * (size // NUMBERS), UNIT)
+    return keys, np.empty((count + NUMBERS - 1) // NUMBERS * value_size, UNIT)
 
 
 @njit(nogil=True)

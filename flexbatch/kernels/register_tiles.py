@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -25,12 +24,6 @@ TILE = 6
 
 INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
-
-
-def are_available() -> bool:
-    """Whether this processor has the instructions."""
-    features = llvm.get_host_cpu_features()
-    return all(features.get(name) for name in ("avx2", "fma"))
 
 
 def _add_floats(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:

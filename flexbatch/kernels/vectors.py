@@ -1,7 +1,8 @@
-"""Vectors of sixteen float32 in the registers of a processor with AVX-512, for kernels that Numba compiles.
+"""Vectors of sixteen float32 in the registers of a processor, for kernels that Numba compiles.
 
 Numba's loops become vectors by themselves where they are simple. Where a kernel is to keep sums in registers, or needs
-an instruction that multiplies pairs of bfloat16 (AVX512-BF16), it calls these: each is one instruction or a few.
+an instruction that multiplies pairs of bfloat16 (AVX512-BF16), it calls these: each is one instruction or a few, and
+twice as many with AVX2.
 
 Two bfloat16 that are multiplied together lie in one uint32, the first in its lower half.
 """
@@ -22,6 +23,7 @@ INT32, INT64 = ir.IntType(32), ir.IntType(64)
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 PAIRS = ir.VectorType(INT32, WIDTH)
 HALVES = ir.VectorType(ir.IntType(16), 2 * WIDTH)
+LEAST_POWER = -126.0  # 2**x of less is no normal float32
 # 2**x on [-0.5, 0.5], fitted at Chebyshev nodes: relative error below 3e-7.
 POWERS = (1.3400433e-3, 9.676037e-3, 5.5503272e-2, 0.24022107, 0.6931472, 1.0000001)
 
@@ -29,8 +31,18 @@ POWERS = (1.3400433e-3, 9.676037e-3, 5.5503272e-2, 0.24022107, 0.6931472, 1.0000
 @cache
 def multiplies_pairs() -> bool:
     """Whether this processor has the instructions, and no better ones that torch would use (AMX)."""
+    return _has("avx512f", "avx512bw", "avx512bf16") and not _has("amx-bf16")
+
+
+@cache
+def multiplies_floats() -> bool:
+    """Whether this processor has AVX2 and adds products without rounding them first."""
+    return _has("avx2", "fma")
+
+
+def _has(*names: str) -> bool:
     features = llvm.get_host_cpu_features()
-    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512bf16")) and not features.get("amx-bf16")
+    return all(features.get(name) for name in names)
 
 
 class _Vector(types.Type):
@@ -105,14 +117,21 @@ def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _two_to(builder: Any, x: Any) -> Any:
+    scales = _has("avx512f")
+    if not scales:
+        least = _constant(LEAST_POWER)
+        x = builder.select(builder.fcmp_ordered(">", x, least), x, least)
     whole = builder.call(function(builder, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
     rest, power = builder.fsub(x, whole), _constant(POWERS[0])
     for factor in POWERS[1:]:
         power = _fused(builder, power, rest, _constant(factor))
-    # Beyond what float32 has this gives zero.
-    kinds = [FLOATS, FLOATS, FLOATS, ir.IntType(16), INT32]
-    scale = function(builder, "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, kinds)
-    return builder.call(scale, [power, whole, power, ir.IntType(16)(-1), INT32(4)])
+    if scales:
+        # Beyond what float32 has this gives zero.
+        kinds = [FLOATS, FLOATS, FLOATS, ir.IntType(16), INT32]
+        scale = function(builder, "llvm.x86.avx512.mask.scalef.ps.512", FLOATS, kinds)
+        return builder.call(scale, [power, whole, power, ir.IntType(16)(-1), INT32(4)])
+    exponent = builder.add(builder.fptosi(whole, PAIRS), ir.Constant(PAIRS, [127] * WIDTH))
+    return builder.fmul(power, builder.bitcast(builder.shl(exponent, ir.Constant(PAIRS, [23] * WIDTH)), FLOATS))
 
 
 def _in_pairs(builder: Any, lower: Any, upper: Any) -> Any:
@@ -130,7 +149,7 @@ larger: Any = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_or
 fused: Any = _operation(3, _fused)
 """a * b + c, rounded once."""
 two_to: Any = _operation(1, _two_to)
-"""2**x, within 3e-7 of it; of what is below -126 nearly or exactly zero."""
+"""2**x for x of at most 127, within 3e-7 of it; below -126 zero or nearly."""
 in_pairs: Any = _operation(2, _in_pairs, pairs)
 """Sixteen pairs of bfloat16: of each the first from the first vector."""
 

@@ -12,14 +12,15 @@ from transformers import AutoConfig
 from flexbatch.engine.engine import Vocabulary
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.kernels import prefill_attention
-from flexbatch.kernels.vectors import multiplies_pairs
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy, Shares
 from flexbatch.records import Completion, Request, Sampling
 from tests.engine.families import prompts, saved
 from tests.engine.running import NumberDecoder, answer
 
-pytestmark = pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no products of bfloat16 pairs")
+pytestmark = pytest.mark.skipif(
+    not prefill_attention.is_available(), reason="torch's attention is used on this processor"
+)
 
 SHARED, LONGEST = 12, 30
 

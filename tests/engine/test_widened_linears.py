@@ -13,12 +13,12 @@ from flexbatch.engine import linear_layers, opening
 from flexbatch.engine.linear_layers import WidenedLinear, use_fastest_linears
 from flexbatch.engine.model import build
 from flexbatch.kernels import panel_products
-from flexbatch.kernels.register_tiles import are_available
+from flexbatch.kernels.vectors import multiplies_floats
 from flexbatch.plan.policy import Shares
 from tests.engine.families import FAMILIES, saved
 from tests.engine.test_blocked_linears import completions
 
-pytestmark = pytest.mark.skipif(not are_available(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not multiplies_floats(), reason="this processor has no AVX2")
 
 RESIDENT, STREAMED = Shares(1, 0), Shares(0, 0)
 

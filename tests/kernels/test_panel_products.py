@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from flexbatch.kernels import panel_products
 from flexbatch.kernels.panel_products import BLOCK, STEPS, float_product, integer_sums
-from flexbatch.kernels.register_tiles import PANEL, are_available
+from flexbatch.kernels.register_tiles import PANEL
+from flexbatch.kernels.vectors import multiplies_floats
 
-pytestmark = pytest.mark.skipif(not are_available(), reason="this processor has no AVX2")
+pytestmark = pytest.mark.skipif(not multiplies_floats(), reason="this processor has no AVX2")
 
 # Around the edges of panels, blocks and steps.
 ROWS = st.sampled_from([1, 2, PANEL - 1, PANEL, PANEL + 1, 40])

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels.prefill_attention import _division, prefill_attention, suits
-from flexbatch.kernels.vectors import multiplies_pairs
+from flexbatch.kernels.prefill_attention import _division, is_available, prefill_attention, suits
 
-pytestmark = pytest.mark.skipif(not multiplies_pairs(), reason="this processor has no products of bfloat16 pairs")
+pytestmark = pytest.mark.skipif(not is_available(), reason="torch's attention is used on this processor")
 LOWEST = torch.finfo(torch.float32).min
 
 
