@@ -223,7 +223,7 @@ class BenchConfig:
     peer_rows: int = option(0, "bench: rows that a peer runs at its best batch size; 0: all", least=0)
     peer_dtype: str = option(
         "auto",
-        "bench: the type that peers compute in; auto: the model's, or float32 on a CPU that does not multiply bfloat16",
+        "bench: the type that peers compute in; auto: float32 where a CPU is slow in the model's, else that",
         one_of=("auto", "bfloat16", "float16", "float32"),
     )
     repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)

@@ -182,12 +182,15 @@ class Session:
         return dataclasses.replace(self._template, engine=engine, **changes)
 
     def _peer_trial(self, engine: str, **changes: Any) -> Trial:
-        return self._trial(engine, dtype=self._peer_dtype, **changes)
+        """In the peers' type, or in flexbatch's own where only that leaves room for the whole model."""
+        trial = self._trial(engine, dtype=self._peer_dtype, **changes)
+        is_too_large = self._config.bench.peer_dtype == "auto" and why_no_room(trial)
+        return dataclasses.replace(trial, dtype=self._dtype) if is_too_large else trial
 
     def _peer_note(self) -> str:
         if self._peer_dtype == self._dtype or not self._config.bench.peers:
             return ""
-        return f"peers compute in {self._peer_dtype}, of the same stored weights"
+        return f"peers compute in {self._peer_dtype} where that fits, of the same stored weights"
 
     def _run(self, trial: Trial) -> Outcome:
         load = load_average()
@@ -201,7 +204,7 @@ def peer_dtype(choice: str, own: str) -> str:
     """The type that peers compute in where flexbatch computes in `own`: what is fastest for them."""
     if choice != "auto":
         return choice
-    return "float32" if own == "bfloat16" and not multiplies_bfloat16() else own
+    return own if own == "float32" or (own == "bfloat16" and multiplies_bfloat16()) else "float32"
 
 
 def model_folder(config: Config, dtype: str) -> Path:

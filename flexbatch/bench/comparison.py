@@ -69,7 +69,7 @@ class Comparison:
             return ""
         if len({run.digest for run in whole}) == 1:
             return f"{', '.join(run.engine for run in whole)} generated the same tokens"
-        return "the engines' tokens are not all the same (in half precision sums in another order decide near ties)"
+        return "the engines' tokens are not all the same (other types, or sums in another order, decide near ties)"
 
     def record(self) -> list[dict[str, Any]]:
         """One entry for each engine, for the JSON line."""

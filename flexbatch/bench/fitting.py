@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from flexbatch.bench.trial import Trial
@@ -14,9 +15,16 @@ def why_no_room(trial: Trial) -> str:
     if trial.engine not in WHOLE_MODEL or not trial.limit:
         return ""
     size = sum(file.stat().st_size for file in Path(trial.model).glob("*.safetensors"))
+    if trial.dtype == "float32" and _is_stored_in_half(Path(trial.model)):
+        size *= 2
     if size < trial.limit:
         return ""
     return (
         f"not run: it keeps the whole model in memory, and {size / 2**30:.2f} GiB do not fit into "
         f"{trial.limit / 2**30:.2f} GiB"
     )
+
+
+def _is_stored_in_half(model: Path) -> bool:
+    fields = json.loads((model / "config.json").read_text())
+    return fields.get("dtype", fields.get("torch_dtype")) in ("bfloat16", "float16")

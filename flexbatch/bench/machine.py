@@ -31,9 +31,12 @@ def load_average() -> float | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether torch's products of bfloat16 are fast on this CPU: on x86 they take AVX-512."""
+    """Whether torch's products of bfloat16 are fast on this CPU: on x86 they take AVX-512, or an
+    AVX2 that converts them."""
     flags = _processor_fields().get("flags", "").split()
-    return "avx512bw" in flags or platform.machine() not in ("x86_64", "AMD64") or not flags
+    return (
+        bool({"avx512bw", "avx_ne_convert"} & set(flags)) or platform.machine() not in ("x86_64", "AMD64") or not flags
+    )
 
 
 def _processor() -> str:

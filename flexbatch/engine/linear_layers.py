@@ -79,7 +79,8 @@ def _become(modules: list[nn.Module], kind: type[nn.Linear]) -> None:
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) < FEWEST_ROWS:
+    # Some models keep a layer in float32 whatever type is asked for.
+    if len(rows) < FEWEST_ROWS or not x.dtype == weight.dtype == torch.bfloat16:
         return functional.linear(x, weight, bias)
     made = panel_products.float_product(rows.contiguous(), weight.contiguous(), bias)
     return made.view(*x.shape[:-1], len(weight))

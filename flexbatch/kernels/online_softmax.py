@@ -77,7 +77,7 @@ def _soften_pair(scores: Any, shares: Any, at: int, to: int, scale: Any, less: A
 
 @njit(nogil=True, inline="always")
 def _soften_one(scores: Any, shares: Any, at: int, to: int, scale: Any, less: Any) -> Any:
-    """The same of one key. The score is rounded as `less` was, so the highest gives exactly one."""
+    """The same of one key. The score is rounded as `less` was, so the highest is never above zero."""
     share = two_to(vectors.add(vectors.multiply(load(scores, at), scale), less))
     store(shares, to, share)
     return share

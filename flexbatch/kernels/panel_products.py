@@ -2,7 +2,8 @@
 
 torch's products of bfloat16 reach a sixth of the rate of float32 on such a processor, those of int8 a hundredth
 (docs/benchmarks.md). Here a block of the weight is widened to float32 or int16 where the cache holds it, and is
-multiplied there by all rows before the next one: memory is read in the weight's own, narrow form, once.
+multiplied there by all rows (or as many as `PANEL_BYTES` hold) before the next one: memory is read in the weight's
+own, narrow form.
 
 Sums of bfloat16 are float32, added up in one order whatever rows are beside a row; those of int8 are exact.
 """
@@ -18,12 +19,12 @@ from numba import njit
 from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.register_tiles import PANEL, TILE, float_tile, pair_tile
 from flexbatch.kernels.threads import new_counter, on_all_threads, take
-from flexbatch.kernels.vectors import multiplies_floats
+from flexbatch.kernels.vectors import multiplies_floats, multiplies_integers
 
 BLOCK = 8 * TILE
 """Most rows of the weight that are widened at a time."""
 STEPS = 512
-"""Numbers, or pairs of them, of each of these rows: with them a block fills half of a small second cache."""
+"""Numbers, or pairs of them, of each of these rows: with them a block takes 100 kB of the second cache."""
 STRIDE = STEPS + 16
 """From one widened row to the next: no power of two, or the rows would share a few lines of the cache."""
 PANEL_BYTES = 8 << 20
@@ -34,7 +35,10 @@ def suit(dtype: torch.dtype) -> bool:
     """Whether these are this CPU's way to multiply numbers of this type: torch has none that is fast."""
     if not multiplies_floats():
         return False
-    return dtype == torch.int8 or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.int8:
+        return not multiplies_integers()
+    by_torch = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+    return dtype == torch.bfloat16 and not by_torch
 
 
 def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -40,6 +40,12 @@ def multiplies_floats() -> bool:
     return _has("avx2", "fma")
 
 
+@cache
+def multiplies_integers() -> bool:
+    """Whether this processor multiplies 8-bit integers four at a time (VNNI)."""
+    return _has("avx512vnni") or _has("avxvnni")
+
+
 def _has(*names: str) -> bool:
     features = llvm.get_host_cpu_features()
     return all(features.get(name) for name in names)
@@ -120,7 +126,7 @@ def _two_to(builder: Any, x: Any) -> Any:
     scales = _has("avx512f")
     if not scales:
         least = _constant(LEAST_POWER)
-        x = builder.select(builder.fcmp_ordered(">", x, least), x, least)
+        x = builder.select(builder.fcmp_ordered("<", x, least), least, x)  # NaN stays
     whole = builder.call(function(builder, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
     rest, power = builder.fsub(x, whole), _constant(POWERS[0])
     for factor in POWERS[1:]:

@@ -27,7 +27,7 @@ JOURNAL_BYTES = 256 << 20
 
 
 class Layout(Protocol):
-    """How one weight is packed: `QuantizedLayout`, `Int8Layout`, `BlockedInt8Layout` or `BlockedLayout`."""
+    """How one weight is packed: `QuantizedLayout`, an `IntegerLayout` or `BlockedLayout`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

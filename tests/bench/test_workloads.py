@@ -95,6 +95,7 @@ def test_the_search_stops_where_memory_runs_out() -> None:
         ("auto", "bfloat16", False, "float32"),
         ("auto", "float32", False, "float32"),
         ("bfloat16", "bfloat16", False, "bfloat16"),
+        ("auto", "float16", True, "float32"),
     ],
 )
 def test_peers_compute_in_the_type_that_is_fastest_for_them(

@@ -52,6 +52,14 @@ def test_every_linear_layer_is_ours_the_head_too() -> None:
     assert {type(module) for module in linears} == {WidenedLinear}
 
 
+def test_a_layer_that_its_model_keeps_in_float32_stays_exact() -> None:
+    layer = nn.Linear(200, 90).requires_grad_(False)
+    x = torch.randn(70, 200)
+    wanted = layer(x)
+    layer.__class__ = WidenedLinear
+    assert torch.equal(layer(x), wanted)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 5, 70])
 def test_a_linear_layer_of_ours_is_the_one_of_torch_within_a_rounding(rows: int) -> None:
     torch.manual_seed(rows)
