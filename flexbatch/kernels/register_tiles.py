@@ -13,7 +13,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from flexbatch.kernels.vectors import INT32, INT64, function, memory_of
+from flexbatch.kernels.vectors import (
+    INT32,
+    INT64,
+    accumulated,
+    function,
+    memory_of,
+    multiply_add,
+    number,
+    put,
+    repeated,
+)
 
 LANES = 8
 VECTORS = 2
@@ -27,24 +37,13 @@ PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
 def _add_floats(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
-    return builder.call(function(builder, "llvm.fma.v8f32", FLOATS, [FLOATS] * 3), [ours, theirs, sums])
+    return multiply_add(builder, ours, theirs, sums)
 
 
 def _add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     products = function(builder, "llvm.x86.avx2.pmadd.wd", INTEGERS, [PAIRS] * 2)
     pairs = [builder.bitcast(each, PAIRS) for each in (ours, theirs)]
     return builder.add(sums, builder.call(products, pairs))
-
-
-def _vector(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
-    """The place of a vector that begins at index `at`."""
-    return builder.bitcast(builder.gep(memory, [at]), kind.as_pointer())
-
-
-def _repeated(builder: Any, value: Any, kind: Any) -> Any:
-    undefined = ir.Constant(kind, ir.Undefined)
-    one = builder.insert_element(undefined, value, INT32(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(INTEGERS, [0] * LANES))
 
 
 def _tile(kind: Any, add: Any) -> Any:
@@ -58,34 +57,23 @@ def _tile(kind: Any, add: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         right, left, out = (memory_of(context, builder, signature.args[at], arguments[at]) for at in (0, 3, 6))
         at, stride, origin, steps, to = (arguments[index] for index in (1, 2, 4, 5, 7))
-        targets = [
-            _vector(builder, out, builder.add(to, INT64(row * PANEL + vector * LANES)), kind) for row, vector in places
-        ]
-        starts = [builder.load(target, align=4) for target in targets]
+        targets = [builder.add(to, INT64(row * PANEL + vector * LANES)) for row, vector in places]
+        starts = [number(builder, out, target, kind) for target in targets]
         rows = [builder.gep(right, [builder.add(at, builder.mul(stride, INT64(row)))]) for row in range(TILE)]
         panel = builder.gep(left, [origin])
-        before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step, *sums = (builder.phi(each) for each in (INT64, *([kind] * len(places))))
-        first = builder.mul(step, INT64(PANEL))
-        theirs = [
-            builder.load(_vector(builder, panel, builder.add(first, INT64(vector * LANES)), kind), align=4)
-            for vector in range(VECTORS)
-        ]
-        new = []
-        for so_far, (row, vector) in zip(sums, places, strict=True):
-            if vector == 0:
-                ours = _repeated(builder, builder.load(builder.gep(rows[row], [step])), kind)
-            new.append(add(builder, so_far, ours, theirs[vector]))
-        following = builder.add(step, INT64(1))
-        for phi, start, value in zip((step, *sums), (INT64(0), *starts), (following, *new), strict=True):
-            phi.add_incoming(start, before)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
-        builder.position_at_end(end)
-        for target, value in zip(targets, new, strict=True):
-            builder.store(value, target, align=4)
+
+        def next_sums(step: Any, sums: list[Any]) -> list[Any]:
+            first = builder.mul(step, INT64(PANEL))
+            lanes = [builder.add(first, INT64(vector * LANES)) for vector in range(VECTORS)]
+            theirs = [number(builder, panel, lane, kind) for lane in lanes]
+            ours = [repeated(builder, number(builder, row, step, kind.element), kind) for row in rows]
+            return [
+                add(builder, so_far, ours[row], theirs[vector])
+                for so_far, (row, vector) in zip(sums, places, strict=True)
+            ]
+
+        for target, value in zip(targets, accumulated(builder, steps, starts, next_sums), strict=True):
+            put(builder, out, target, value)
         return context.get_dummy_value()
 
     def tile(

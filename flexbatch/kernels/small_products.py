@@ -20,9 +20,11 @@ from flexbatch.kernels.vectors import (
     INT64,
     PAIRS,
     WIDTH,
+    accumulated,
     function,
     memory_of,
     multiplies_pairs,
+    multiply_add,
     number,
     put,
     repeated,
@@ -42,7 +44,7 @@ def _added(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     if multiplies_pairs():
         multiply = function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [FLOATS, PAIRS, PAIRS])
         return builder.call(multiply, [sums, ours, theirs])
-    return builder.call(function(builder, "llvm.fma.v16f32", FLOATS, [FLOATS] * 3), [ours, theirs, sums])
+    return multiply_add(builder, ours, theirs, sums)
 
 
 def _tile(rows: int, vectors: int, adds: bool) -> Any:
@@ -57,26 +59,19 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
         targets = [builder.add(target, INT64(row * COLUMNS + vector * WIDTH)) for row, vector in places]
         zero = ir.Constant(FLOATS, [0.0] * WIDTH)
         starts = [number(builder, out, to, FLOATS) if adds else zero for to in targets]
-        before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step, *sums = (builder.phi(kind) for kind in (INT64, *([FLOATS] * len(places))))
-        column = builder.add(builder.mul(step, INT64(COLUMNS)), begin)
-        first = builder.add(origin, builder.mul(step, step_stride))
-        theirs = [number(builder, right, builder.add(column, INT64(at * WIDTH)), _MANY) for at in range(vectors)]
-        own = [builder.add(first, builder.mul(row_stride, INT64(row))) for row in range(rows)]
-        ours = [repeated(builder, number(builder, left, at, _ONE), _MANY) for at in own]
-        new = [
-            _added(builder, so_far, ours[row], theirs[vector])
-            for so_far, (row, vector) in zip(sums, places, strict=True)
-        ]
-        following = builder.add(step, INT64(1))
-        for phi, start, value in zip((step, *sums), (INT64(0), *starts), (following, *new), strict=True):
-            phi.add_incoming(start, before)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
-        builder.position_at_end(end)
-        for to, value in zip(targets, new, strict=True):
+
+        def add(step: Any, sums: list[Any]) -> list[Any]:
+            column = builder.add(builder.mul(step, INT64(COLUMNS)), begin)
+            first = builder.add(origin, builder.mul(step, step_stride))
+            theirs = [number(builder, right, builder.add(column, INT64(at * WIDTH)), _MANY) for at in range(vectors)]
+            own = [builder.add(first, builder.mul(row_stride, INT64(row))) for row in range(rows)]
+            ours = [repeated(builder, number(builder, left, at, _ONE), _MANY) for at in own]
+            return [
+                _added(builder, so_far, ours[row], theirs[vector])
+                for so_far, (row, vector) in zip(sums, places, strict=True)
+            ]
+
+        for to, value in zip(targets, accumulated(builder, steps, starts, add), strict=True):
             put(builder, out, to, value)
         return context.get_dummy_value()
 

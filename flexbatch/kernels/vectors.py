@@ -9,7 +9,7 @@ Two bfloat16 that are multiplied together lie in one uint32, the first in its lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -76,7 +76,7 @@ def number(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
 
 
 def put(builder: Any, memory: Any, at: Any, value: Any) -> None:
-    """Writes a vector over the sixteen numbers from index `at` on."""
+    """Writes a vector over the numbers from index `at` on."""
     builder.store(value, _place(builder, memory, at, value.type), align=4)
 
 
@@ -89,7 +89,29 @@ def repeated(builder: Any, value: Any, kind: Any) -> Any:
     """A vector of one number."""
     undefined = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(undefined, value, INT32(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(PAIRS, [0] * WIDTH))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(INT32, kind.count), [0] * kind.count))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of vectors of float32, rounded once."""
+    fused = function(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a.type] * 3)
+    return builder.call(fused, [a, b, c])
+
+
+def accumulated(builder: Any, steps: Any, starts: Sequence[Any], add: Callable[[Any, list[Any]], list[Any]]) -> Any:
+    """Vectors that begin as `starts`, after `steps` steps, at least one: `add(step, vectors)` gives the next ones. They
+    stay in registers as far as there are."""
+    before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step, *sums = (builder.phi(kind) for kind in (INT64, *(start.type for start in starts)))
+    new, following = add(step, sums), builder.add(step, INT64(1))
+    for phi, start, value in zip((step, *sums), (INT64(0), *starts), (following, *new), strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
+    builder.position_at_end(end)
+    return new
 
 
 def _place(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
@@ -118,10 +140,6 @@ def _operation(count: int, make: Callable[..., Any], result: Any = floats) -> An
     return intrinsic((one, two, three)[count - 1])
 
 
-def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return builder.call(function(builder, "llvm.fma.v16f32", FLOATS, [FLOATS] * 3), [a, b, c])
-
-
 def _two_to(builder: Any, x: Any) -> Any:
     scales = _has("avx512f")
     if not scales:
@@ -130,7 +148,7 @@ def _two_to(builder: Any, x: Any) -> Any:
     whole = builder.call(function(builder, "llvm.rint.v16f32", FLOATS, [FLOATS]), [x])
     rest, power = builder.fsub(x, whole), _constant(POWERS[0])
     for factor in POWERS[1:]:
-        power = _fused(builder, power, rest, _constant(factor))
+        power = multiply_add(builder, power, rest, _constant(factor))
     if scales:
         # Beyond what float32 has this gives zero.
         kinds = [FLOATS, FLOATS, FLOATS, ir.IntType(16), INT32]
@@ -152,7 +170,7 @@ add: Any = _operation(2, lambda builder, a, b: builder.fadd(a, b))
 subtract: Any = _operation(2, lambda builder, a, b: builder.fsub(a, b))
 multiply: Any = _operation(2, lambda builder, a, b: builder.fmul(a, b))
 larger: Any = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-fused: Any = _operation(3, _fused)
+fused: Any = _operation(3, multiply_add)
 """a * b + c, rounded once."""
 two_to: Any = _operation(1, _two_to)
 """2**x for x of at most 127, within 3e-7 of it; below -126 zero or nearly."""
