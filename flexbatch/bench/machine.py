@@ -31,12 +31,10 @@ def load_average() -> float | None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether torch's products of bfloat16 are fast on this CPU: on x86 they take AVX-512, or an
-    AVX2 that converts them."""
-    flags = _processor_fields().get("flags", "").split()
-    return (
-        bool({"avx512bw", "avx_ne_convert"} & set(flags)) or platform.machine() not in ("x86_64", "AMD64") or not flags
-    )
+    """Whether torch's products of bfloat16 are fast on this CPU: on x86 that takes AVX-512, or AVX2 that converts."""
+    flags = set(_processor_fields().get("flags", "").split())
+    is_known_x86 = bool(flags) and platform.machine() in ("x86_64", "AMD64")
+    return not is_known_x86 or bool(flags & {"avx512bw", "avx_ne_convert"})
 
 
 def _processor() -> str:

@@ -10,11 +10,13 @@ Sums of bfloat16 are float32, added up in one order whatever rows are beside a r
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
+from numba.extending import register_jitable
 
 from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.register_tiles import PANEL, TILE, float_tile, pair_tile
@@ -31,6 +33,7 @@ PANEL_BYTES = 8 << 20
 """Most memory for widened inputs."""
 
 
+@cache
 def suit(dtype: torch.dtype) -> bool:
     """Whether these are this CPU's way to multiply numbers of this type: torch has none that is fast."""
     if not multiplies_floats():
@@ -46,26 +49,26 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     summed in float32, rounded once to bfloat16 `[rows, out]`."""
     out = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
     offset = np.zeros(len(weight), np.float32) if bias is None else bias.float().numpy()
-    source, target = _bits(rows), _bits(out)
-    right, block = _bits(weight), _block(len(weight))
-    for chunk in _chunks(*rows.shape):
-        left, result = source[chunk], target[chunk]
-        panels = np.empty(_panels(len(left)) * left.shape[1] * PANEL, np.float32)
-        _on_threads(_pack_floats, left, panels)
-        _on_threads(_multiply_floats, right, block, panels, offset, result)
+    right = _bits(weight), _block(len(weight)), offset
+    _multiply(_pack_floats, _multiply_floats, _bits(rows), right, rows.shape[1], np.float32, _bits(out))
     return out
 
 
 def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`values` int8 `[rows, in]` times `weight` int8 `[out, in]`, both contiguous: exact, int32 `[rows, out]`."""
     out = torch.empty(len(values), len(weight), dtype=torch.int32)
-    source, target, right, block = values.numpy(), out.numpy(), weight.numpy(), _block(len(weight))
-    for chunk in _chunks(*values.shape):
-        left, result = source[chunk], target[chunk]
-        panels = np.empty(_panels(len(left)) * _pairs(left.shape[1]) * PANEL, np.int32)
-        _on_threads(_pack_pairs, left, panels)
-        _on_threads(_multiply_pairs, right, block, panels, result)
+    right = weight.numpy(), _block(len(weight))
+    _multiply(_pack_pairs, _multiply_pairs, values.numpy(), right, -(-values.shape[1] // 2), np.int32, out.numpy())
     return out
+
+
+def _multiply(pack: Any, multiply: Any, left: Any, right: tuple[Any, ...], steps: int, number: Any, out: Any) -> None:
+    """All rows of `left`, packed to panels of `steps` steps, times `right`, into `out`."""
+    for chunk in _chunks(len(left), steps):
+        rows = left[chunk]
+        panels = np.empty(_panels(len(rows)) * steps * PANEL, number)
+        _on_threads(pack, rows, panels)
+        _on_threads(multiply, *right, panels, out[chunk])
 
 
 def _bits(numbers: torch.Tensor) -> Any:
@@ -79,9 +82,9 @@ def _block(rows: int) -> int:
     return -(-rows // (blocks * TILE)) * TILE
 
 
-def _chunks(rows: int, numbers: int) -> list[slice]:
+def _chunks(rows: int, steps: int) -> list[slice]:
     """Rows whose panels are in memory together, in whole panels."""
-    step = max(1, PANEL_BYTES // (4 * max(1, numbers) * PANEL)) * PANEL
+    step = max(1, PANEL_BYTES // (4 * max(1, steps) * PANEL)) * PANEL
     return [slice(first, min(rows, first + step)) for first in range(0, rows, step)]
 
 
@@ -90,47 +93,43 @@ def _on_threads(kernel: Any, *arguments: Any) -> None:
     on_all_threads(lambda _first, _step: kernel(counter, *arguments))
 
 
-@njit(nogil=True)
+@register_jitable
 def _panels(rows: int) -> int:
-    return (rows + PANEL - 1) // PANEL
-
-
-@njit(nogil=True)
-def _pairs(numbers: int) -> int:
-    return (numbers + 1) // 2
+    return -(-rows // PANEL)
 
 
 @njit(nogil=True, inline="always")
-def _pair(first: Any, second: Any) -> Any:
-    return np.int32((np.int32(second) << np.int32(16)) | (np.int32(first) & np.int32(0xFFFF)))
+def _float(numbers: Any, index: int) -> Any:
+    return widened(numbers[index])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _pack_floats(counter: Any, rows: Any, panels: Any) -> None:
-    """Every panel that `counter` gives: a step's numbers of all its rows side by side, zeros where none is."""
-    count, numbers = rows.shape
-    panel = take(counter)
-    while panel < _panels(count):
-        for lane in range(PANEL):
-            row, at = panel * PANEL + lane, panel * numbers * PANEL + lane
-            for index in range(numbers):
-                panels[at + index * PANEL] = widened(rows[row, index]) if row < count else np.float32(0)
-        panel = take(counter)
+@njit(nogil=True, inline="always")
+def _pair(numbers: Any, index: int) -> Any:
+    """Beside the last of an odd number is a zero."""
+    second = np.int32(numbers[2 * index + 1]) if 2 * index + 1 < len(numbers) else np.int32(0)
+    return np.int32((second << np.int32(16)) | (np.int32(numbers[2 * index]) & np.int32(0xFFFF)))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _pack_pairs(counter: Any, rows: Any, panels: Any) -> None:
-    """The same of pairs; beside the last of an odd number is a zero."""
-    count, numbers = rows.shape
-    steps, panel = _pairs(numbers), take(counter)
-    while panel < _panels(count):
-        for lane in range(PANEL):
-            row, at = panel * PANEL + lane, panel * steps * PANEL + lane
-            for index in range(steps):
-                last = 2 * index + 1 == numbers
-                pair = _pair(rows[row, 2 * index], 0 if last else rows[row, 2 * index + 1]) if row < count else 0
-                panels[at + index * PANEL] = pair
-        panel = take(counter)
+def _packing(of: Any) -> Any:
+    """Fills every panel that `counter` gives: a step's numbers of all its rows side by side, zeros where no row is.
+    `of(row, step)` is a row's number for a step."""
+
+    @njit(nogil=True)
+    def pack(counter: Any, rows: Any, panels: Any) -> None:
+        count = len(rows)
+        steps, panel = len(panels) // (_panels(count) * PANEL), take(counter)
+        while panel < _panels(count):
+            for lane in range(PANEL):
+                row, at = panel * PANEL + lane, panel * steps * PANEL + lane
+                if row < count:
+                    for step in range(steps):
+                        panels[at + step * PANEL] = of(rows[row], step)
+                else:
+                    for step in range(steps):
+                        panels[at + step * PANEL] = 0
+            panel = take(counter)
+
+    return pack
 
 
 @njit(nogil=True)
@@ -142,21 +141,32 @@ def _widen_floats(source: Any, start: int, count: int, wide: Any, at: int) -> No
 
 @njit(nogil=True)
 def _widen_pairs(source: Any, start: int, count: int, wide: Any, at: int) -> None:
-    """`count` pairs from pair number `start` on."""
-    halves = wide.view(np.int16)[2 * at : 2 * (at + count)]
+    """`count` pairs from pair number `start` on. What is beside the last of an odd number does not matter: it is
+    multiplied by zero."""
     numbers = source[2 * start : 2 * (start + count)]
-    halves[-1] = 0
+    halves = wide.view(np.int16)[2 * at : 2 * at + len(numbers)]
     for index in range(len(numbers)):
         halves[index] = np.int16(numbers[index])
 
 
-def _sums(tile: Any, widen: Any) -> Any:
-    """The sums of `rows` rows of the weight from `base` on, for `panels` of `steps` steps: into `out`, panel by panel,
-    row by row. `wide` is room for a widened block."""
+@njit(nogil=True, inline="always")
+def _rounded(total: Any, offset: Any, column: int) -> Any:
+    return narrowed(total + offset[column])
+
+
+@njit(nogil=True, inline="always")
+def _exact(total: Any, _offset: Any, _column: int) -> Any:
+    return total
+
+
+def _multiplication(tile: Any, widen: Any, told: Any) -> Any:
+    """Multiplies all rows that are in `panels` by every block of the weight that `counter` gives. `told(sum, offset,
+    column)` is what `out` gets of a sum."""
 
     @njit(nogil=True)
-    def sums(weight: Any, base: int, rows: int, panels: Any, steps: int, wide: Any, out: Any) -> None:
-        out[:] = 0
+    def add_up(weight: Any, base: int, rows: int, panels: Any, steps: int, wide: Any, sums: Any) -> None:
+        """The sums of `rows` rows of the weight from `base` on, panel by panel, row by row. `wide` is room for them."""
+        sums[:] = 0
         for start in range(0, steps, STEPS):
             count = min(STEPS, steps - start)
             for row in range(rows):
@@ -164,41 +174,48 @@ def _sums(tile: Any, widen: Any) -> Any:
             for panel in range(len(panels) // (steps * PANEL)):
                 for row in range(0, rows, TILE):
                     to = (panel * BLOCK + row) * PANEL
-                    tile(wide, row * STRIDE, STRIDE, panels, (panel * steps + start) * PANEL, count, out, to)
+                    tile(wide, row * STRIDE, STRIDE, panels, (panel * steps + start) * PANEL, count, sums, to)
 
-    return sums
+    @njit(nogil=True)
+    def multiply(counter: Any, weight: Any, block: int, offset: Any, panels: Any, out: Any) -> None:
+        rows = len(out)
+        steps = len(panels) // (_panels(rows) * PANEL)
+        wide = np.zeros(BLOCK * STRIDE, panels.dtype)
+        sums = np.empty(_panels(rows) * BLOCK * PANEL, panels.dtype)
+        base = take(counter) * block
+        while base < len(weight):
+            count = min(block, len(weight) - base)
+            add_up(weight, base, count, panels, steps, wide, sums)
+            for row in range(rows):
+                at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
+                for column in range(count):
+                    target[column] = told(sums[at + column * PANEL], offset, base + column)
+            base = take(counter) * block
+
+    return multiply
 
 
-_float_sums, _pair_sums = _sums(float_tile, _widen_floats), _sums(pair_tile, _widen_pairs)
+_packed_floats, _packed_pairs = _packing(_float), _packing(_pair)
+_float_blocks = _multiplication(float_tile, _widen_floats, _rounded)
+_pair_blocks = _multiplication(pair_tile, _widen_pairs, _exact)
+
+
+# Numba keeps the code of functions that are no closures.
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pack_floats(counter: Any, rows: Any, panels: Any) -> None:
+    _packed_floats(counter, rows, panels)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _multiply_floats(counter: Any, weight: Any, block: int, panels: Any, offset: Any, out: Any) -> None:
-    """Every block of the weight that `counter` gives."""
-    rows, numbers = len(out), weight.shape[1]
-    wide, sums = np.zeros(BLOCK * STRIDE, np.float32), np.empty(_panels(rows) * BLOCK * PANEL, np.float32)
-    base = take(counter) * block
-    while base < len(weight):
-        count = min(block, len(weight) - base)
-        _float_sums(weight, base, count, panels, numbers, wide, sums)
-        for row in range(rows):
-            at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
-            for column in range(count):
-                target[column] = narrowed(sums[at + column * PANEL] + offset[base + column])
-        base = take(counter) * block
+def _pack_pairs(counter: Any, rows: Any, panels: Any) -> None:
+    _packed_pairs(counter, rows, panels)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _multiply_floats(counter: Any, weight: Any, block: int, offset: Any, panels: Any, out: Any) -> None:
+    _float_blocks(counter, weight, block, offset, panels, out)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _multiply_pairs(counter: Any, weight: Any, block: int, panels: Any, out: Any) -> None:
-    """Every block of the weight that `counter` gives."""
-    rows, steps = len(out), _pairs(weight.shape[1])
-    wide, sums = np.zeros(BLOCK * STRIDE, np.int32), np.empty(_panels(rows) * BLOCK * PANEL, np.int32)
-    base = take(counter) * block
-    while base < len(weight):
-        count = min(block, len(weight) - base)
-        _pair_sums(weight, base, count, panels, steps, wide, sums)
-        for row in range(rows):
-            at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
-            for column in range(count):
-                target[column] = sums[at + column * PANEL]
-        base = take(counter) * block
+    _pair_blocks(counter, weight, block, None, panels, out)
