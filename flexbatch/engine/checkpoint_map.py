@@ -3,6 +3,7 @@
 Transformers itself knows how published names map to its modules (prefixes added or dropped, renamed parts, the experts
 of a mixture merged into one tensor); its rules are used here, on names alone, so that every family that it can load is
 one that flexbatch can stream. A parameter is either one stored tensor as it is, or made from several by a converter.
+Experts that are apart here (`experts.py`) are stored tensors as they are, or slices of a stored stack.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from flexbatch.engine.experts import Stack, stacks
 from flexbatch.errors import ModelError
 from flexbatch.memory.safetensors_index import TensorEntry
 from flexbatch.memory.tensor_names import is_leftover, some
@@ -94,12 +96,17 @@ def map_checkpoint(
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
+    stacked = stacks(model)
+    known = {**wanted, **stacked}
     sources: dict[str, ParameterSource] = {}
     unexpected: list[str] = []
     for key in sorted(entries, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
+        if name in stacked:
+            sources.update(_of_experts(stacked[name], entries[key], pattern, converter_of))
+            continue
         if name not in wanted:
             unexpected.append(key)
             continue
@@ -111,6 +118,16 @@ def map_checkpoint(
     _share_tied(model, sources)
     _check(model, sources, wanted, unexpected, where)
     return sources
+
+
+def _of_experts(
+    stack: Stack, entry: TensorEntry, pattern: str | None, converter_of: Mapping[str, WeightConverter]
+) -> dict[str, ParameterSource]:
+    """Sources of the experts' parameters that are in a stored tensor: all in a stack, or one that matched `pattern`."""
+    if pattern is None:
+        return {part.name: ParameterSource(part.name, [part], [entry.name]) for part in stack.slices(entry)}
+    name = stack.of_part(entry.name, pattern, converter_of[pattern])
+    return {name: ParameterSource(name, [entry], [entry.name])}
 
 
 def _expand_one_to_many(sources: dict[str, ParameterSource], wanted: Mapping[str, torch.Tensor]) -> None:

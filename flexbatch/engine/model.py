@@ -5,8 +5,8 @@ that holds more than a few parameters (token embedding, position table, output h
 (norms, projections of a few kilobytes) keep their weights for good. A forward meets the stops in one fixed order,
 which is what lets many micro-batches walk through the model side by side.
 
-Of a large layer every linear module is a stop of its own, so that no more than two matrices are in memory at a time
-where two layers would be: room for more of the KV cache.
+Of a large layer every linear module is a stop of its own, and every expert, so that no more than two of them are in
+memory at a time where two layers would be: room for more of the KV cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from flexbatch.engine.attention import merges_prefixes, register
+from flexbatch.engine.experts import Expert, Experts, routers, take_apart
 from flexbatch.errors import ModelError
 
 # Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
@@ -78,12 +80,10 @@ class SteppedModel:
 
     def stop_of_parameter(self) -> dict[str, str | None]:
         """Parameter name to the stop that owns it (None: owned by a small module). Tied names appear once each."""
-        owners: dict[str, str | None] = {}
         divided = {stop.inside for stop in self.stops if stop.inside is not None}
-        prefixes = [(stop.name + ".", stop.name) for stop in self.stops if stop.layer not in divided]
-        for name, _ in self.model.named_parameters(remove_duplicate=False):
-            owners[name] = next((stop for prefix, stop in prefixes if name.startswith(prefix)), None)
-        return owners
+        owning = {stop.name for stop in self.stops if stop.layer not in divided}
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        return {name: next((path for path in _paths_to(name) if path in owning), None) for name in names}
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
@@ -99,6 +99,8 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     options: dict[str, Any] = {"attn_implementation": register()} if merges else {}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    take_apart(model)
+    _become_plain(model)
     model.tie_weights()
     model.eval()
     layers = decoder_layers(model)
@@ -137,6 +139,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def _become_plain(model: PreTrainedModel) -> None:
+    """Falcon's linear layers are torch's, but for a rounding before the bias is added."""
+    for module in model.modules():
+        if type(module) is FalconLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 def _stops(model: PreTrainedModel, layers: nn.ModuleList, *, divides: bool) -> Iterator[Stop]:
     layer_of = {id(layer): index for index, layer in enumerate(layers)}
     inside = {id(child) for layer in layers for child in layer.modules()}
@@ -145,22 +154,35 @@ def _stops(model: PreTrainedModel, layers: nn.ModuleList, *, divides: bool) -> I
             index = layer_of[id(module)]
             yield Stop(name, module, index)
             if divides and _is_divisible(module):
-                yield from (Stop(f"{name}.{path}", part, inside=index) for path, part in _linear_modules(module))
+                yield from (Stop(f"{name}.{path}", part, inside=index) for path, part in _parts(module))
         elif id(module) not in inside and _own_parameters(module) >= SMALL_MODULE_PARAMETERS:
             yield Stop(name, module)
 
 
 def _is_divisible(layer: nn.Module) -> bool:
-    """Whether the layer is large, and one call of each of its linear modules is all that happens to its matrices (lists
-    of modules are experts, of which a token meets some)."""
-    matrices = sum(value.numel() for value in layer.parameters() if value.ndim >= 2)
-    in_linear_modules = sum(module.weight.numel() for _, module in _linear_modules(layer))
-    lists = any(isinstance(module, nn.ModuleList) for module in layer.modules())
-    return matrices >= LARGE_LAYER_PARAMETERS and matrices == in_linear_modules and not lists
+    """Whether the layer is large, and one call of each of its parts is all that happens to its matrices, but for small
+    routers' (other lists of modules are experts too, of which a token meets some)."""
+    matrices = [value for value in layer.parameters() if value.ndim >= 2]
+    known = [*(part for _, part in _parts(layer)), *routers(layer)]
+    covered = {id(value) for module in known for value in module.parameters()}
+    lists = any(isinstance(module, nn.ModuleList) and type(module) is not Experts for module in layer.modules())
+    large = sum(value.numel() for value in matrices) >= LARGE_LAYER_PARAMETERS
+    return large and covered.issuperset(map(id, matrices)) and not lists
 
 
-def _linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(path, module) for path, module in layer.named_modules() if type(module) is nn.Linear]
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layer's experts, and its linear modules outside them."""
+    for path, module in layer.named_children():
+        if type(module) is nn.Linear or type(module) is Expert:
+            yield path, module
+        else:
+            yield from ((f"{path}.{inner}", part) for inner, part in _parts(module))
+
+
+def _paths_to(name: str) -> Iterator[str]:
+    """The paths of the modules around a parameter, the outermost first."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _own_parameters(module: nn.Module) -> int:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from flexbatch.engine.model import SteppedModel, Stop, build
+from flexbatch.engine.experts import Experts, routers
+from flexbatch.engine.model import SteppedModel, build
 from flexbatch.errors import ModelError
 from flexbatch.plan.attention_shape import AttentionShape, attention_shape, positive_field
-from flexbatch.plan.model_spec import LayerSpec, ModelSpec, OutsideSpec
+from flexbatch.plan.model_spec import LayerSpec, Mixture, ModelSpec, OutsideSpec
 
 
 def spec_from_config(
@@ -36,7 +36,7 @@ def spec_from_config(
             f"no {config.model_type!r} model can be built from this config: {error}",
             remedy="Correct the field that the message names in the model's config.json or in model.config.",
         ) from error
-    layers = tuple(_layer(stepped.parts(number), config, attention, number) for number in range(stepped.num_layers))
+    layers = tuple(_layer(stepped, config, attention, number) for number in range(stepped.num_layers))
     outside = _outside(stepped)
     total = sum(parameter.numel() for parameter in stepped.model.parameters())
     streamed = sum(layer.parameters for layer in layers)
@@ -88,21 +88,34 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer(parts: Sequence[Stop], config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
-    parameters = [parameter for part in parts for parameter in part.module.parameters()]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    experts = [parameter for parameter in matrices if parameter.ndim == 3]
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    # Experts are stored as one stack of matrices; a token is multiplied with the chosen ones only.
-    idle = sum(parameter.numel() - parameter.numel() * chosen // parameter.shape[0] for parameter in experts)
+def _layer(stepped: SteppedModel, config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
+    layer = stepped.layer(index)
+    mixture = _mixture(layer, config)
+    matrices = sum(each.numel() for each in layer.parameters() if each.ndim >= 2)
+    whole = {id(router.weight) for router in routers(layer)}
+    parts = [list(part.module.parameters()) for part in stepped.parts(index)]
     return LayerSpec(
-        parts=tuple(tuple((value.numel(), value.ndim >= 2) for value in part.module.parameters()) for part in parts),
-        active_parameters=sum(parameter.numel() for parameter in matrices) - idle,
+        parts=tuple(tuple((each.numel(), each.ndim >= 2 and id(each) not in whole) for each in part) for part in parts),
+        active_parameters=matrices - (mixture.parameters - mixture.active_parameters if mixture else 0),
         query_size=attention.query_size,
         kv_size=attention.kv_size,
+        mixture=mixture,
         window=attention.windows[index],
         head_sizes=attention.head_sizes,
     )
+
+
+def _mixture(layer: nn.Module, config: PreTrainedConfig) -> Mixture | None:
+    """The layer's experts, apart or stacked."""
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    for module in layer.modules():
+        stacks = [value for value in module.parameters(recurse=False) if value.ndim == 3]
+        if isinstance(module, Experts):
+            numbers = sum(value.numel() for value in module.parameters())
+            return Mixture(len(module), min(chosen, len(module)), numbers)
+        if stacks and hasattr(module, "num_experts"):
+            return Mixture(len(stacks[0]), min(chosen, len(stacks[0])), sum(value.numel() for value in stacks))
+    return None
 
 
 def _outside(stepped: SteppedModel) -> tuple[OutsideSpec, ...]:

@@ -1,13 +1,14 @@
 """Weights in another form than the checkpoint's: packed once into a cache file, streamed or resident in that form.
 
-The matrices of the decoder layers are packed; norms, biases, embeddings and the head stay as they are. Packed to 8 or 4
-bits they are dequantised once per pass into one scratch buffer per kind of matrix (all layers share it, because one
-stop is in use at a time), or multiplied as they are by 8-bit integers (`offload.compute=int8`). Unquantised ones can be
-laid out as oneDNN multiplies them fastest (`BlockedLinear`).
+The matrices of the decoder layers are packed; norms, biases, routers, embeddings and the head stay as they are. Packed
+to 8 or 4 bits they are dequantised once per pass into scratch buffers that all stops share, because one is in use at a
+time, or multiplied as they are by 8-bit integers (`offload.compute=int8`). Unquantised ones can be laid out as oneDNN
+multiplies them fastest (`BlockedLinear`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
+from flexbatch.engine.experts import routers
 from flexbatch.engine.linear_layers import BlockedLinear, is_linear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
@@ -37,15 +39,17 @@ Form = Callable[[TensorEntry, nn.Module], Layout | None]
 
 @dataclass
 class Scratch:
-    """Buffers for expanded weights, one for each kind of matrix."""
+    """Buffers for expanded weights: one for the first matrices of all stops, one for their second ones, and so on, of
+    `sizes` numbers."""
 
+    sizes: Mapping[int, int]
     buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
-    def get(self, kind: str, shape: tuple[int, ...], place: Place) -> torch.Tensor:
-        key = (kind, shape, place.dtype)
+    def get(self, order: int, shape: tuple[int, ...], place: Place) -> torch.Tensor:
+        key = (order, place.dtype)
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(shape, dtype=place.dtype, device=place.device)
-        return self.buffers[key]
+            self.buffers[key] = torch.empty(self.sizes[order], dtype=place.dtype, device=place.device)
+        return self.buffers[key][: math.prod(shape)].view(shape)
 
 
 @dataclass
@@ -74,17 +78,17 @@ class PackedSource(ParameterSource):
 
 @dataclass
 class QuantizedSource(PackedSource):
-    """A weight in groups of 4 or 8 bits that is expanded to be used. `kind` is its name inside the layer."""
+    """A weight in groups of 4 or 8 bits that is expanded to be used: the matrix number `order` of its stop."""
 
-    kind: str = ""
-    scratch: Scratch = field(default_factory=Scratch)
+    order: int = 0
+    scratch: Scratch = field(default_factory=lambda: Scratch({}))
 
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
         layout = self.packed.layout
         assert isinstance(layout, QuantizedLayout)
         values, scale, minimum = (tensors[self.packed.parts[part].name] for part in ("q", "scale", "minimum"))
-        out = self.scratch.get(self.kind, layout.shape, place)
+        out = self.scratch.get(self.order, layout.shape, place)
         place.module._parameters[place.name] = parameter(
             dequantize(QuantizedTensor(values, scale, minimum, layout), out)
         )
@@ -98,11 +102,15 @@ def pack_sources(
     on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
-    made, scratch = dict(sources), Scratch()
-    for each, packed in _opened(sources, _choose(stepped, sources, form), cache_folder, on_progress):
+    made, chosen = dict(sources), _choose(stepped, sources, form)
+    sizes: dict[int, int] = {}
+    for each in chosen:
+        sizes[each.order] = max(sizes.get(each.order, 0), math.prod(each.stored.shape))
+    scratch = Scratch(sizes)
+    for each, packed in _opened(sources, chosen, cache_folder, on_progress):
         entries = list(packed.parts.values())
         if isinstance(packed.layout, QuantizedLayout):
-            made[each.name] = QuantizedSource(each.name, entries, packed=packed, kind=each.kind, scratch=scratch)
+            made[each.name] = QuantizedSource(each.name, entries, packed=packed, order=each.order, scratch=scratch)
         else:
             made[each.name] = PackedSource(each.name, entries, packed=packed)
             multiply_integers(each.module)
@@ -135,10 +143,10 @@ def block_sources(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A parameter to pack: its name, its name inside the layer, the stored tensor, its module, and how."""
+    """A parameter to pack: its name, its number among its stop's, the stored tensor, its module, and how."""
 
     name: str
-    kind: str
+    order: int
     stored: TensorEntry
     module: nn.Module
     layout: Layout
@@ -146,10 +154,10 @@ class _Chosen:
 
 def _choose(stepped: SteppedModel, sources: Mapping[str, ParameterSource], form: Form) -> list[_Chosen]:
     chosen = []
-    for name, kind, module in _matrices(stepped):
+    for name, order, module in _matrices(stepped):
         source = sources[name]
         if source.converter is None and (layout := form(source.entries[0], module)) is not None:
-            chosen.append(_Chosen(name, kind, source.entries[0], module, layout))
+            chosen.append(_Chosen(name, order, source.entries[0], module, layout))
     return chosen
 
 
@@ -183,17 +191,19 @@ def multiply_integers(module: nn.Module) -> None:
     module.forward = forward
 
 
-def _matrices(stepped: SteppedModel) -> list[tuple[str, str, nn.Module]]:
-    """Name, name inside the layer, and module of every matrix of the decoder layers."""
+def _matrices(stepped: SteppedModel) -> list[tuple[str, int, nn.Module]]:
+    """Name, number among its stop's, and module of every matrix of the decoder layers but routers'."""
     found = []
-    for stop in stepped.stops:
-        if stop.layer is None:
-            continue
-        for path, module in stop.module.named_modules():
-            for leaf, value in module.named_parameters(recurse=False):
-                if value.dim() >= 2:
-                    kind = f"{path}.{leaf}" if path else leaf
-                    found.append((f"{stop.name}.{kind}", kind, module))
+    for layer in range(stepped.num_layers):
+        whole = routers(stepped.layer(layer))
+        for stop in stepped.parts(layer):
+            named = [
+                (f"{path}.{leaf}", module)
+                for path, module in stop.module.named_modules(prefix=stop.name)
+                for leaf, value in module.named_parameters(recurse=False)
+                if value.dim() >= 2 and module not in whole
+            ]
+            found += [(name, order, module) for order, (name, module) in enumerate(named)]
     return found
 
 

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
 
 from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import INTEGERS, ModelSpec
-from flexbatch.plan.placement import place_slots, place_weights, stream_bytes
+from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, span
 
@@ -80,19 +83,19 @@ def held_weights(spec: ModelSpec, policy: Policy) -> HeldWeights:
 
 @lru_cache(maxsize=256)
 def _held_weights(sizes: tuple[tuple[int, ...], ...], uses: tuple[tuple[int, ...], ...], shares: Shares) -> HeldWeights:
-    flat = [size for stop in sizes for size in stop]
-    times = [count for stop in uses for count in stop]
-    tiers = place_weights(flat, times, shares)
-    placed = iter(tiers)
-    most = max(sum(size for size in stop if next(placed) is not Tier.DEVICE) for stop in sizes)
-    held = [sum(size for size, where in zip(flat, tiers, strict=True) if where is tier) for tier in Tier]
-    again = zip(flat, times, tiers, strict=True)
-    return HeldWeights(
-        device=held[0],
-        host=held[1],
-        most=most,
-        again=sum(size * (count - 1) for size, count, tier in again if tier is not Tier.DEVICE),
-    )
+    (each, firsts), (times, _) = _flat(sizes), _flat(uses)
+    placed = place_numbers(each, times, shares)
+    device, host, _ = (int(each[placed == number].sum()) for number in range(len(TIERS)))
+    streamed = np.where(placed == TIERS.index(Tier.DEVICE), 0, each)
+    most, again = np.add.reduceat(streamed, firsts).max(), (streamed * (times - 1)).sum()
+    return HeldWeights(device, host, int(most), int(again))
+
+
+@lru_cache(maxsize=64)
+def _flat(stops: tuple[tuple[int, ...], ...]) -> tuple[Numbers, Numbers]:
+    """All stops' numbers in one row, and where those of each stop begin."""
+    starts = list(accumulate((len(stop) for stop in stops), initial=0))
+    return np.array([number for stop in stops for number in stop]), np.array(starts[:-1])
 
 
 def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
@@ -159,11 +162,13 @@ def weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
 
 
 def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """A layer in the compute type, where it is stored in another: its parts too keep their rooms."""
+    """What of a layer is in the compute type at a time, where it is kept in another: one room for the matrices that the
+    layer's parts have at the same place, or all of it, where it is converted on its way."""
     form = weight_form(policy)
     if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
         return 0
-    return spec.largest_layer_parameters * number_bytes(spec)
+    numbers = spec.largest_layer_parameters if form == 16 else spec.expanded_parameters
+    return numbers * number_bytes(spec)
 
 
 def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 # Group-wise quantisation: `QUANTIZATION_GROUP` weights share one scale and one minimum of two bytes each.
 QUANTIZATION_GROUP = 32
@@ -24,20 +25,39 @@ LARGEST_KV_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """`experts` of which a token meets `chosen`, all with `parameters` in their matrices together."""
+
+    experts: int
+    chosen: int
+    parameters: int
+
+    @property
+    def active_parameters(self) -> int:
+        """Of the matrices that multiply one token."""
+        return self.parameters * self.chosen // self.experts
+
+    def rows(self, tokens: float) -> float:
+        """Of a product with one expert's matrix, with so many tokens; an expert that no token meets makes none."""
+        return max(1.0, tokens * self.chosen / self.experts)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One decoder layer. Counts are numbers, not bytes.
 
     `parts` are needed one after the other (a small layer is one part), each with its tensors as (numbers, is a matrix)
     in the order of registration; matrices are what 8 and 4 bits pack. Norms of a layer of several parts are not here.
-    `active_parameters` of the matrices multiply one token (fewer than all where experts are chosen). `query_size` is
-    query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and values of all KV
-    heads, `head_sizes` each), `window` the attended positions (0: all).
+    `active_parameters` of the matrices multiply one token: fewer than all where experts are chosen, as `mixture` says.
+    `query_size` is query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and
+    values of all KV heads, `head_sizes` each), `window` the attended positions (0: all).
     """
 
     parts: tuple[tuple[tuple[int, bool], ...], ...]
     active_parameters: int
     query_size: int
     kv_size: int
+    mixture: Mixture | None = None
     window: int = 0
     head_sizes: tuple[int, int] = (LARGEST_KV_GROUP, LARGEST_KV_GROUP)
 
@@ -177,6 +197,11 @@ class ModelSpec:
         """Two for each parameter that multiplies a token, head excluded."""
         return 2 * sum(layer.active_parameters for layer in self.layers)
 
+    @cached_property
+    def mixtures(self) -> Mapping[Mixture, int]:
+        """Those of the layers, and how many layers have each."""
+        return Counter(layer.mixture for layer in self.layers if layer.mixture is not None)
+
     @property
     def activation_numbers(self) -> int:
         """Numbers that one token's way through all layers reads and writes between the matrix products."""
@@ -185,6 +210,13 @@ class ModelSpec:
     @cached_property
     def largest_layer_parameters(self) -> int:
         return max(layer.parameters for layer in self.layers)
+
+    @cached_property
+    def expanded_parameters(self) -> int:
+        """Numbers of the matrices that are expanded at a time: of all parts of all layers the largest at each place."""
+        kinds = set(self.layers)
+        parts = {tuple(numbers for numbers, is_matrix in part if is_matrix) for kind in kinds for part in kind.parts}
+        return sum(map(max, zip_longest(*parts, fillvalue=0)))
 
     @property
     def divides_layers(self) -> bool:

@@ -1,60 +1,56 @@
 """Turns shares into tensors and slots, exactly: every byte is placed once, and a share is held to one tensor or finer.
 
-Both functions walk their units in the order of use and keep a running account for each tier (error diffusion, as in
-Bresenham's line), so that what is resident is spread evenly over the layers: a pass then waits for the disk a little
-everywhere and nowhere long.
+Both walk their units in the order of use and keep a running account for each tier, so that what is resident is spread
+evenly over the layers: a pass then waits for the disk a little everywhere and nowhere long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from flexbatch.kernels.error_diffusion import diffuse
 from flexbatch.plan.policy import Shares, Tier
 
-_TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
+TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
+
+Numbers = npt.NDArray[np.integer[Any]]
 
 READ_AHEAD = 64 << 20  # bytes: two reads of 8 MiB for each of four threads
 
 
-def place_bytes(sizes: Sequence[int], shares: Shares) -> list[Tier]:
-    """A tier for each of `sizes` (bytes of tensors, in the order of use).
-
-    Every running total of a tier stays within one tensor of its share of the running total of all.
-    """
-    wanted = {Tier.DEVICE: shares.device, Tier.HOST: shares.host, Tier.DISK: shares.disk}
-    allowed = [tier for tier in _TIERS if wanted[tier] > 1e-12]
-    held = dict.fromkeys(allowed, 0.0)
-    total = 0.0
-    placed = []
-    for size in sizes:
-        total += size
-        # The tier that lacks most of its share takes the tensor; on a tie, the faster tier.
-        tier = max(allowed, key=lambda tier: (wanted[tier] * total - held[tier], -_TIERS.index(tier)))
-        held[tier] += size
-        placed.append(tier)
-    return placed
-
-
 def place_weights(sizes: Sequence[int], uses: Sequence[int], shares: Shares) -> list[Tier]:
-    """As `place_bytes`, for weights of which some are used at several places of a pass (`uses`, a tied embedding).
+    """A tier for each of `sizes` (bytes of tensors, in the order of use), of which some are used at several places of a
+    pass (`uses`, a tied embedding)."""
+    return [TIERS[number] for number in place_numbers(np.array(sizes), np.array(uses), shares).tolist()]
 
-    Those come first on the device while its share holds them: there they spare most traffic, and the stream's buffers
-    need not have room for them.
+
+def place_numbers(sizes: Numbers, uses: Numbers, shares: Shares) -> Numbers:
+    """The same as numbers of `TIERS`, from and to integers `[tensors]`.
+
+    Every running total of a tier stays within one tensor of its share of the running total of all. But what is used
+    several times comes first on the device while its share holds it: there it spares most traffic, and the stream's
+    buffers need not have room for it.
     """
-    total, room, first = sum(sizes), shares.device * sum(sizes), set[int]()
-    for index, size in enumerate(sizes):
-        if uses[index] > 1 and size <= room * (1 + 1e-12):
-            first.add(index)
-            room -= size
-    rest = [index for index in range(len(sizes)) if index not in first]
-    others = sum(sizes[index] for index in rest)
-    if not first or not others:
-        return [Tier.DEVICE] * len(sizes) if not others else place_bytes(sizes, shares)
-    tiers = place_bytes([sizes[index] for index in rest], Shares(max(0.0, room) / others, shares.host * total / others))
-    placed = [Tier.DEVICE] * len(sizes)
-    for index, tier in zip(rest, tiers, strict=True):
-        placed[index] = tier
+    total, room, rest = sizes.sum(), shares.device * sizes.sum(), np.ones(len(sizes), bool)
+    for index in np.flatnonzero(uses > 1):
+        if sizes[index] <= room * (1 + 1e-12):
+            rest[index] = False
+            room -= sizes[index]
+    placed, others = np.zeros(len(sizes), np.int8), sizes[rest].sum()
+    if rest.all() or not others:
+        return _dealt(sizes, shares) if others else placed
+    placed[rest] = _dealt(sizes[rest], Shares(max(0.0, room) / others, shares.host * total / others))
     return placed
+
+
+def _dealt(sizes: Numbers, shares: Shares) -> Numbers:
+    wanted = np.array([shares.device, shares.host, shares.disk])
+    allowed = np.flatnonzero(wanted > 1e-12)
+    return allowed[diffuse(sizes, wanted[allowed])]  # type: ignore[no-any-return]
 
 
 def kept_weights(sizes: Mapping[str, int], room: int, passes: int, lost: int) -> list[str]:

@@ -25,6 +25,10 @@ from flexbatch.plan.workload import PassLoad, Workload
 PACKING_TIMES = 8
 
 
+# Calling an expert costs so much of calling a layer.
+EXPERT_CALL = 0.3
+
+
 class Resource(StrEnum):
     """What works at the same time as the others. A pass takes as long as the busiest."""
 
@@ -84,14 +88,10 @@ def prefill_terms(
     """Arithmetic of the prompts that join, shared prefixes included."""
     if not load.joining:
         return
-    kind = gemm_format(spec, policy)
     own = load.joining * workload.own_tokens
     tokens = own + load.groups * workload.shared_tokens
-    flops = tokens * spec.linear_flops_per_token
     together = tokens + (load.decoding if spec.side_by_side else 0.0)
-    yield _compute(
-        "prefill matrices", flops, hardware.gemm_rate(kind, min(together, MICRO_BATCH_TOKENS), spec.hidden_size)
-    )
+    yield _matrices("prefill matrices", spec, hardware, policy, tokens, min(together, MICRO_BATCH_TOKENS))
     yield activation_term("prefill activations", spec, hardware, tokens)
     length = workload.own_squares / workload.own_tokens
     attention = spec.attention_flops(own, length)
@@ -107,11 +107,9 @@ def decode_terms(
     """Arithmetic of the rows that gain a token, and their attention's walk through the KV cache."""
     if not load.decoding:
         return
-    kind = gemm_format(spec, policy)
-    flops = load.decoding * spec.linear_flops_per_token
     beside = load.joining * workload.own_tokens if spec.side_by_side else 0.0
     together = min(load.decoding + beside, max(load.decoding, MICRO_BATCH_TOKENS))
-    yield _compute("decode matrices", flops, hardware.gemm_rate(kind, together, spec.hidden_size))
+    yield _matrices("decode matrices", spec, hardware, policy, load.decoding, together)
     yield activation_term("decode activations", spec, hardware, load.decoding)
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
     positions = workload.own_tokens + workload.new_tokens
@@ -209,7 +207,7 @@ def overhead_terms(
         batches = -(-(prompts + load.decoding) // MICRO_BATCH_TOKENS)
     else:
         batches = -(-prompts // MICRO_BATCH_TOKENS) + (1 if load.decoding else 0)
-    calls = batches * len(spec.layers)
+    calls = batches * sum(1 + EXPERT_CALL * (layer.mixture.experts if layer.mixture else 0) for layer in spec.layers)
     yield Term("layer calls", Resource.COMPUTE, calls * hardware.layer_call_seconds, calls, "calls")
     yield Term("pass", Resource.COMPUTE, hardware.pass_seconds, 1, "passes")
     waiting = (prompts + load.decoding) * spec.hidden_size * number_bytes(spec) * len(spec.layers)
@@ -251,6 +249,21 @@ def attended_bytes(spec: ModelSpec, positions: float) -> float:
 
 def _device_copy(hardware: HardwareProfile) -> float:
     return hardware.attention_bytes if hardware.has_accelerator else hardware.memory_copy
+
+
+def _matrices(
+    what: str, spec: ModelSpec, hardware: HardwareProfile, policy: Policy, tokens: float, together: float
+) -> Term:
+    """The linear layers' products for `tokens`, each `together` with others; the tokens are divided among experts."""
+    kind, width = gemm_format(spec, policy), spec.hidden_size
+    flops = tokens * spec.linear_flops_per_token
+    seconds, of_experts = 0.0, 0.0
+    for mixture, layers in spec.mixtures.items():
+        part = 2.0 * tokens * layers * mixture.active_parameters
+        seconds += part / hardware.gemm_rate(kind, mixture.rows(together), width)
+        of_experts += part
+    seconds += (flops - of_experts) / hardware.gemm_rate(kind, together, width)
+    return Term(what, Resource.COMPUTE, seconds, flops, "FLOP")
 
 
 def _compute(what: str, flops: float, rate: float) -> Term:

@@ -52,6 +52,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", _LLAMA),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 16}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**_LLAMA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
     "gemma": ("gemma", {**_LLAMA, "head_dim": 16}),
     "gemma2": ("gemma2", {**_LLAMA, "head_dim": 16, "sliding_window": 7}),
     "phi": ("phi", {**_LLAMA, "num_key_value_heads": 4}),

@@ -16,7 +16,20 @@ from tests.engine.running import answer, assert_same_tokens, engine
 
 NEW_TOKENS = 6
 OWN, SHARED = 9, 17
-MERGING = {"opt", "opt-350m", "opt-iml", "gpt2", "gpt-neox", "llama", "mixtral", "qwen2", "qwen3", "gemma", "phi"}
+MERGING = {
+    "opt",
+    "opt-350m",
+    "opt-iml",
+    "gpt2",
+    "gpt-neox",
+    "llama",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "gemma",
+    "phi",
+}
 
 
 def requests(seed: int = 3) -> list[Request]:

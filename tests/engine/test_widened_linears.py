@@ -44,12 +44,15 @@ def test_placement_changes_no_bit_and_log_probabilities_are_near_those_of_torch(
         assert resident[index].logprobs[0] == pytest.approx(done.logprobs[0], abs=0.05)
 
 
-def test_every_linear_layer_is_ours_the_head_too() -> None:
-    stepped = build(AutoConfig.from_pretrained(saved("llama")), torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "falcon", "mixtral"])
+def test_every_linear_layer_is_ours_the_head_and_experts_too(family: str) -> None:
+    stepped = build(AutoConfig.from_pretrained(saved(family)), torch.bfloat16)
     use_fastest_linears(stepped, torch.bfloat16, torch.device("cpu"))
     linears = [module for module in stepped.model.modules() if isinstance(module, nn.Linear)]
     assert linears
     assert {type(module) for module in linears} == {WidenedLinear}
+    matrices = {id(value) for layer in stepped.stops for value in layer.module.parameters() if value.ndim > 2}
+    assert not matrices
 
 
 def test_a_layer_that_its_model_keeps_in_float32_stays_exact() -> None:

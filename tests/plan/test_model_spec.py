@@ -14,7 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import ModelError
 from flexbatch.plan.attention_shape import attention_shape
-from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.model_spec import Mixture, ModelSpec
+from flexbatch.plan.policy import Policy
+from flexbatch.plan.terms import decode_terms
+from flexbatch.plan.workload import PassLoad, Workload
+from tests.plan.examples import machine
 
 SMALL = {"vocab_size": 640, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -93,8 +97,20 @@ def test_windows_alternate_where_the_model_alternates() -> None:
 
 def test_only_chosen_experts_count_as_arithmetic() -> None:
     layer = spec_from_config(config_of("mixtral")).layers[0]
-    experts = 4 * 3 * 64 * 160
-    assert layer.matrix_parameters - layer.active_parameters == experts // 2
+    experts, router = 4 * 3 * 64 * 160, 4 * 64
+    assert layer.matrix_parameters + router - layer.active_parameters == experts // 2
+
+
+def test_experts_that_few_tokens_meet_multiply_at_the_rate_of_few_rows() -> None:
+    def seconds(experts: int) -> float:
+        fields = {**config_of("mixtral"), "num_local_experts": experts}
+        spec, rows = spec_from_config(fields, compute_dtype="bfloat16"), Workload.uniform(64)
+        load = PassLoad(decoding=64.0, joining=0.0)
+        terms = decode_terms(spec, machine("cpu-2core"), rows, Policy(slots=64), load)
+        return next(term.seconds for term in terms if term.what == "decode matrices")
+
+    assert spec_from_config(config_of("mixtral")).layers[0].mixture == Mixture(4, 2, 4 * 3 * 64 * 160)
+    assert seconds(4) < seconds(16) < seconds(64)
 
 
 def test_a_tied_head_is_stored_once_and_multiplied() -> None:
