@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flexbatch.engine.last_layer import ReadTokens, compute_only
+from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
 from flexbatch.kernels.prefill_attention import KeysAndValues
 
@@ -107,6 +108,8 @@ def merges_prefixes(config: PreTrainedConfig, model_class: type) -> bool:
         getattr(model_class, "_supports_attention_backend", False) and getattr(model_class, "_supports_sdpa", False)
     ):
         return False
+    if getattr(text, "kv_lora_rank", None):  # keys and values are made of what is cached, after it
+        return False
     if set(getattr(text, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return False
     if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
@@ -125,10 +128,17 @@ def merging_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` `[rows, heads, tokens, head_dim]`, `key` and `value` `[rows, kv_heads, columns, head_dim]`; returns
-    `[rows, tokens, heads, head_dim]`. Where the keys carry nothing this is Transformers' own SDPA function."""
+    `[rows, tokens, heads, head_dim]`. Where the keys carry nothing this is Transformers' own SDPA function.
+
+    EngineError where the keys of tokens side by side lost what they carried, and with it which row they are of."""
     stretches: Sequence[Stretch] = getattr(key, "stretches", ())
     if stretches:
         return _attend_stretches(stretches, module, query, key, value, dropout, scaling, **kwargs), None
+    if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # the one of tokens side by side
+        raise EngineError(
+            f"{type(module).__name__} makes its keys anew after they are cached, which leaves open whose they are.",
+            remedy="flexbatch cannot run this architecture yet; please report its model_type.",
+        )
     starts = torch.zeros(len(query), dtype=torch.long) if attention_mask is None and query.shape[2] > 1 else None
     return _attend_rows(module, query, key, value, attention_mask, starts, dropout, scaling, **kwargs), None
 

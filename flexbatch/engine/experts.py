@@ -99,13 +99,14 @@ def routers(module: nn.Module) -> list[nn.Module]:
     """The modules that choose among experts that are apart: beside them, with a row for each. Few numbers on which much
     depends: they are never packed."""
     families = [list(parent.children()) for parent in module.modules()]
+    mixtures = [(siblings, each) for siblings in families for each in siblings if isinstance(each, Experts)]
     return [
-        sibling
-        for siblings in families
-        for experts in siblings
-        if isinstance(experts, Experts)
+        router
+        for siblings, experts in mixtures
         for sibling in siblings
-        if len(getattr(sibling, "weight", ())) == len(experts)
+        if sibling is not experts
+        for router in sibling.modules()
+        if len(getattr(router, "weight", ())) == len(experts)
     ]
 
 

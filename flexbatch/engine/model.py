@@ -171,12 +171,14 @@ def _is_divisible(layer: nn.Module) -> bool:
 
 
 def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layer's experts, and its linear modules outside them."""
-    for path, module in layer.named_children():
-        if type(module) is nn.Linear or type(module) is Expert:
+    """The layer's experts, and its linear modules outside them but routers."""
+    kept, inside = routers(layer), ""
+    for path, module in layer.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if type(module) is Expert or (type(module) is nn.Linear and module not in kept):
+            inside = path + "."
             yield path, module
-        else:
-            yield from ((f"{path}.{inner}", part) for inner, part in _parts(module))
 
 
 def _paths_to(name: str) -> Iterator[str]:

@@ -102,6 +102,8 @@ def _layer(stepped: SteppedModel, config: PreTrainedConfig, attention: Attention
         mixture=mixture,
         window=attention.windows[index],
         head_sizes=attention.head_sizes,
+        expanded_size=attention.expanded_size,
+        expansion_parameters=attention.expansion_parameters,
     )
 
 

@@ -15,13 +15,16 @@ from flexbatch.errors import ModelError
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """What the config says about attention: `head_sizes` of keys and values, `windows` with one entry per layer, 0
-    where all positions are seen."""
+    where all positions are seen. Where latent vectors are cached, `expanded_size` numbers are made of each position's
+    before attention (keys and values of all heads), with `expansion_parameters`."""
 
     num_hidden_layers: int
     query_size: int
     kv_size: int
     head_sizes: tuple[int, int]
     windows: tuple[int, ...]
+    expanded_size: int = 0
+    expansion_parameters: int = 0
 
 
 # Names under which the families keep a field, first match wins.
@@ -66,11 +69,12 @@ def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
             remedy="Correct one of the two fields, or give head_dim.",
         )
     windows = tuple(_window(config, index) for index in range(layers))
-    if config.get("kv_lora_rank"):  # multi-head latent attention: Transformers caches expanded keys and values
+    if rank := config.get("kv_lora_rank"):  # multi-head latent attention: one latent head is cached, and turned keys
         nope, rope = config.get("qk_nope_head_dim", head_size), config.get("qk_rope_head_dim", 0)
-        value_size = config.get("v_head_dim", head_size)
-        sizes = (nope + rope, value_size)
-        return AttentionShape(layers, heads * (nope + rope), heads * sum(sizes), sizes, windows)
+        made = heads * (nope + config.get("v_head_dim", head_size))
+        return AttentionShape(
+            layers, heads * (nope + rope), rank + rope, (rank, rope), windows, made + heads * rope, rank * made
+        )
     kv_size = 2 * _kv_heads(config, heads) * head_size
     return AttentionShape(layers, heads * head_size, kv_size, (head_size, head_size), windows)
 

@@ -180,6 +180,11 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
         items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(policy.slots * span(workload) * plain)))
     elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
+    if made := max(layer.expanded_size for layer in spec.layers):
+        positions = max(policy.slots * span(workload), MICRO_BATCH_TOKENS)
+        items.append(
+            Need("keys and values of one layer, from latent ones", Tier.DEVICE, positions * made * number_bytes(spec))
+        )
     if workload.shared_tokens:
         tokens = workload.groups_at_once(policy.slots) * workload.shared_tokens
         nbytes = tokens * spec.kv_bytes_per_token(16, number_bytes(spec))

@@ -50,7 +50,9 @@ class LayerSpec:
     in the order of registration; matrices are what 8 and 4 bits pack. Norms of a layer of several parts are not here.
     `active_parameters` of the matrices multiply one token: fewer than all where experts are chosen, as `mixture` says.
     `query_size` is query heads times head size, `kv_size` the numbers that the cache keeps for one token (keys and
-    values of all KV heads, `head_sizes` each), `window` the attended positions (0: all).
+    values of all KV heads, `head_sizes` each), `window` the attended positions (0: all). Where latent vectors are
+    cached (DeepSeek-V2, arXiv 2405.04434, section 2.1), `expanded_size` numbers are made of a position's before
+    attention, with `expansion_parameters`.
     """
 
     parts: tuple[tuple[tuple[int, bool], ...], ...]
@@ -60,6 +62,8 @@ class LayerSpec:
     mixture: Mixture | None = None
     window: int = 0
     head_sizes: tuple[int, int] = (LARGEST_KV_GROUP, LARGEST_KV_GROUP)
+    expanded_size: int = 0
+    expansion_parameters: int = 0
 
     def kv_bytes(self, bits: int, number_bytes: int) -> int:
         """Cache bytes of one token; `number_bytes` is the size of a number that is not packed."""

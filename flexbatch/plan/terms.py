@@ -113,6 +113,10 @@ def decode_terms(
     yield activation_term("decode activations", spec, hardware, load.decoding)
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
     positions = workload.own_tokens + workload.new_tokens
+    if latent := sum(layer.expansion_parameters for layer in spec.layers):
+        expansion = 2.0 * load.decoding * positions * latent
+        many = min(load.decoding * positions, MICRO_BATCH_TOKENS)
+        yield _compute("keys and values from latent ones", expansion, hardware.gemm_rate(spec.compute_dtype, many))
     nbytes = attended_bytes(spec, positions) * load.decoding
     away = nbytes * (1.0 - policy.kv.device) if policy.host_attention else 0.0
     yield Term("decode attention", resource, (nbytes - away) / rate, nbytes - away, "bytes")

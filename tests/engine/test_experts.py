@@ -24,7 +24,7 @@ from flexbatch.records import Request, Sampling
 from tests.engine.families import loaded, prompts, reference, saved
 from tests.engine.running import answer, assert_same_tokens, engine
 
-MIXTURES = ["mixtral", "qwen3-moe"]
+MIXTURES = ["mixtral", "qwen3-moe", "deepseek-v3"]
 LONGEST, NEW_TOKENS = 20, 5
 STREAMED = Shares(0, 0)
 
@@ -78,15 +78,14 @@ def test_the_engine_keeps_as_many_bytes_of_weights_as_the_plan_counts(
     sources = map_checkpoint(stepped.model, SafetensorsIndex.open(saved(family)).entries, "here")
     if bits < 16:
         sources = pack_sources(stepped, sources, smaller_form(bits, integers=False), tmp_path)
-    owners = stepped.stop_of_parameter()
     held: dict[str | None, int] = {}
-    for name, source in sources.items():
-        held[owners[name]] = held.get(owners[name], 0) + source.nbytes
+    for name, owner in stepped.stop_of_parameter().items():
+        held[owner] = held.get(owner, 0) + sources[name].nbytes
     assert held.pop(None) == spec.small_parameters * spec.dtype_bytes
     assert sorted(held.values()) == sorted(map(sum, spec.stop_bytes(bits)))
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 def test_a_large_layer_goes_by_expert_by_expert(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(family)
     whole = spec_from_config(config)
@@ -104,7 +103,7 @@ def test_routers_are_never_packed(family: str, tmp_path: Path) -> None:
     config = config_of(family)
     stepped = build(config, torch.float32)
     found = routers(stepped.model)
-    assert len(found) == config.num_hidden_layers
+    assert len(found) == len(_experts(stepped.model)) > 1
     sources = map_checkpoint(stepped.model, SafetensorsIndex.open(saved(family)).entries, "here")
     asked: list[nn.Module] = []
 

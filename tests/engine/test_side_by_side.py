@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexbatch.engine.attention import merging_attention
 from flexbatch.engine.calls import Piece
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.schedule import in_turn, pack_alike
+from flexbatch.errors import EngineError
 from flexbatch.plan.policy import Policy, Shares
 from flexbatch.records import Request, Sampling
 from tests.engine.families import loaded, prompts, saved
@@ -41,6 +43,12 @@ def test_logits_are_those_of_each_prompt_alone(family: str, tmp_path: Path) -> N
             alone = loaded(family)(torch.tensor([row])).logits[0, -1]
             torch.testing.assert_close(read[index], alone, rtol=0, atol=1e-4)
     running.close()
+
+
+def test_keys_that_a_model_makes_anew_are_refused_instead_of_mixed_up() -> None:
+    query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    with pytest.raises(EngineError, match="Linear makes its keys anew"):
+        merging_attention(torch.nn.Linear(1, 1), query, key, value, torch.zeros(1, 1, 1, 1))
 
 
 def test_no_padding_goes_through_the_model(tmp_path: Path) -> None:

@@ -47,6 +47,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**LLAMA, "head_dim": 24},
     "gemma": {**LLAMA, "head_dim": 24},
     "gemma2": {**LLAMA, "head_dim": 24, "sliding_window": 32},
+    "deepseek_v3": {
+        **LLAMA,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
     "phi": {**LLAMA, "num_key_value_heads": 4},
 }
 
