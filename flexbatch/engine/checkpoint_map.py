@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ def parameter(value: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return parameter(torch.empty(0, dtype=dtype, device=device))
+
+
 @dataclass
 class ParameterSource:
     """The stored tensors of one parameter, in the order in which they are combined.
@@ -64,8 +70,9 @@ class ParameterSource:
         place.module._parameters[place.name] = parameter(self.assemble(tensors, model).to(place.dtype))
 
     def unbind(self, place: Place) -> None:
-        """Leaves nothing of what `bind` made at `place`."""
-        place.module._parameters[place.name] = None
+        """Leaves nothing of what `bind` made at `place`, but what some models ask a weight for before they use it: its
+        type and its device."""
+        place.module._parameters[place.name] = _nothing(place.dtype, place.device)
 
     def assemble(self, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> torch.Tensor:
         """The parameter's value from its stored tensors by name."""

@@ -31,12 +31,13 @@ def compute_only(read: ReadTokens) -> None:
     _read.set(read)
 
 
-def narrow(last: nn.Module) -> None:
-    """Lets the last decoder layer's linear layers leave out tokens that nobody reads, once `compute_only` says which
-    are. Experts in a list get tokens of a router's choice, in an order of its own, and compute all of them."""
+def narrow(last: nn.Module, is_linear: Callable[[nn.Module], bool]) -> None:
+    """Lets the last decoder layer's linear layers (by `is_linear`) leave out tokens that nobody reads, once
+    `compute_only` says which are. Experts in a list get tokens of a router's choice, in an order of its own, and
+    compute all of them."""
     for name, module in last.named_modules():
-        if isinstance(module, nn.Linear) and not any(part.isdigit() for part in name.split(".")):
-            module.forward = _narrowed(module.forward)  # type: ignore[method-assign, assignment]
+        if is_linear(module) and not any(part.isdigit() for part in name.split(".")):
+            module.forward = _narrowed(module.forward)
 
 
 def _narrowed(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -28,6 +28,8 @@ from flexbatch.engine.attention import merges_prefixes, register
 from flexbatch.engine.experts import Expert, Experts, routers, take_apart
 from flexbatch.errors import ModelError
 
+# Kinds of layers whose cache holds the keys and values of every token.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 # Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
 SMALL_MODULE_PARAMETERS = 65_536
 # Layers with fewer parameters than this are one stop: what each stop costs is then more than the memory brings.
@@ -99,6 +101,11 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     options: dict[str, Any] = {"attn_implementation": register()} if merges else {}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    if not all(getattr(module, "is_causal", True) for module in model.modules()):
+        raise ModelError(
+            f"model type {config.model_type!r} is an encoder here: its tokens see those after them.",
+            remedy="Choose a causal LM, or set is_decoder in config.json if the model was trained as one.",
+        )
     take_apart(model)
     _become_plain(model)
     model.tie_weights()
@@ -123,6 +130,13 @@ def check_architecture(config: PreTrainedConfig) -> None:
         raise ModelError(
             f"model type {kind!r} is not a causal language model of the installed Transformers.",
             remedy=f"Nearest known types: {', '.join(near) or 'opt, llama, gpt2'}. A newer Transformers may know it.",
+        )
+    text = config.get_text_config()
+    unknown = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION)
+    if unknown or getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
+        raise ModelError(
+            f"model type {kind!r} keeps more than keys and values of its tokens ({', '.join(unknown) or 'a state'}).",
+            remedy="flexbatch runs models of attention alone, such as OPT, Llama, Mistral, Qwen2, Qwen3 or Gemma.",
         )
 
 

@@ -15,7 +15,7 @@ from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.last_layer import narrow
-from flexbatch.engine.linear_layers import use_fastest_linears
+from flexbatch.engine.linear_layers import is_linear, use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
 from flexbatch.engine.packed_sources import block_sources, pack_sources, smaller_form
@@ -166,7 +166,7 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
         sources = _with_blocked_file(stepped, sources, options)
     if stepped.lays_side_by_side:
-        narrow(stepped.layer(stepped.num_layers - 1))
+        narrow(stepped.layer(stepped.num_layers - 1), is_linear)
     storage = Storage(options.device, limits.budgets(), limits.disk_folder)
     files = sorted({entry.file for source in sources.values() for entry in source.entries})
     reader = choose_reader(files, options.reader)

@@ -241,7 +241,9 @@ class Weights:
                 tier = Tier.DEVICE if stop is None else self.tiers[slot.source.name]
                 if tier is Tier.DEVICE:
                     self._make_resident(slot)
-                elif tier is Tier.HOST:
+                    continue
+                slot.source.unbind(slot.place)
+                if tier is Tier.HOST:
                     self._keep_on_host(slot.source)
         for name, buffer in self._stepped.model.named_buffers():
             if name in sources:

@@ -70,7 +70,7 @@ class AlignedBuffer:
         count = 1
         for size in shape:
             count *= size
-        return self.tensor[offset : offset + count * dtype.itemsize].view(dtype).view(*shape)
+        return self.tensor[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def close(self) -> None:
         """Takes back the pinning; the memory itself goes with the last view. Safe to repeat."""

@@ -140,7 +140,7 @@ class DiskArena:
             )
         flat = self._whole[self.used : self.used + nbytes]
         self.used += page_ceil(nbytes)
-        return flat.view(dtype).view(*shape)
+        return flat.view(dtype).view(tuple(shape))
 
     def prefetch(self, tensor: torch.Tensor) -> None:
         """Asks the kernel to read the tensor's pages ahead; returns at once."""

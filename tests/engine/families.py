@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -81,6 +81,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_FOLDERS: list[TemporaryDirectory[str]] = []
+"""Those of saved models, removed when the process ends."""
+
+
 @cache
 def saved(family: str) -> Path:
     """A folder with the family's small random model in float32, made once for a test session."""
@@ -92,9 +96,9 @@ def saved(family: str) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)  # spread the logits, so that greedy choices are clear
-    folder = Path(mkdtemp(prefix=f"flexbatch-{family}-"))
-    model.save_pretrained(folder)
-    return folder
+    _FOLDERS.append(TemporaryDirectory(prefix=f"flexbatch-{family}-"))
+    model.save_pretrained(_FOLDERS[-1].name)
+    return Path(_FOLDERS[-1].name)
 
 
 @cache

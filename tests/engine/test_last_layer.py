@@ -37,7 +37,7 @@ def counted(layer: nn.Module, rows: Counter[str]) -> None:
 def test_the_last_layer_computes_what_is_read(resident: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Counter[str]()
     narrow = opening.narrow
-    monkeypatch.setattr(opening, "narrow", lambda layer: (counted(layer, rows), narrow(layer)))
+    monkeypatch.setattr(opening, "narrow", lambda layer, kind: (counted(layer, rows), narrow(layer, kind)))
     asked = prompts(6, LONGEST, seed=3)
     policy = Policy(Shares(resident, 0), slots=3, prefill_tokens=70)
     running = engine(saved("llama"), policy, LONGEST + NEW_TOKENS, tmp_path)
