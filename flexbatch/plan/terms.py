@@ -26,7 +26,7 @@ PACKING_TIMES = 8
 
 
 # Calling an expert costs so much of calling a layer.
-EXPERT_CALL = 0.3
+EXPERT_CALL = 0.08
 
 
 class Resource(StrEnum):
