@@ -111,8 +111,11 @@ def map_checkpoint(
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in known and key in known:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
-        if name in stacked:
-            sources.update(_of_experts(stacked[name], entries[key], pattern, converter_of))
+        if (
+            name in stacked
+            and (made := _of_experts(stacked[name], entries[key], pattern, converter_of)).keys() <= known.keys()
+        ):
+            sources.update(made)
             continue
         if name not in wanted:
             unexpected.append(key)
@@ -131,6 +134,8 @@ def _of_experts(
     stack: Stack, entry: TensorEntry, pattern: str | None, converter_of: Mapping[str, WeightConverter]
 ) -> dict[str, ParameterSource]:
     """Sources of the experts' parameters that are in a stored tensor: all in a stack, or one that matched `pattern`."""
+    if pattern is None and len(entry.shape) != 3:
+        return {entry.name: ParameterSource(entry.name)}
     if pattern is None:
         return {part.name: ParameterSource(part.name, [part], [entry.name]) for part in stack.slices(entry)}
     name = stack.of_part(entry.name, pattern, converter_of[pattern])

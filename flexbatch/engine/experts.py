@@ -106,7 +106,7 @@ def routers(module: nn.Module) -> list[nn.Module]:
         for sibling in siblings
         if sibling is not experts
         for router in sibling.modules()
-        if len(getattr(router, "weight", ())) == len(experts)
+        if getattr(router, "weight", torch.empty(0)).shape[:-1] == (len(experts),)
     ]
 
 

@@ -101,20 +101,30 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     options: dict[str, Any] = {"attn_implementation": register()} if merges else {}
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
-    if not all(getattr(module, "is_causal", True) for module in model.modules()):
-        raise ModelError(
-            f"model type {config.model_type!r} is an encoder here: its tokens see those after them.",
-            remedy="Choose a causal LM, or set is_decoder in config.json if the model was trained as one.",
-        )
+    layers = decoder_layers(model)
+    _check_layers(config, layers)
     take_apart(model)
     _become_plain(model)
     model.tie_weights()
     model.eval()
-    layers = decoder_layers(model)
     takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
     # Where a pass makes many calls, each would wait in the middle of a layer with all that it has computed there.
     stops = tuple(_stops(model, layers, divides=merges and takes_position_ids))
     return SteppedModel(model, stops, len(layers), takes_position_ids, merges)
+
+
+def _check_layers(config: PreTrainedConfig, layers: nn.ModuleList) -> None:
+    count = getattr(config.get_text_config(), "num_hidden_layers", len(layers))
+    if len(layers) != count:
+        raise ModelError(
+            f"model type {config.model_type!r} has {count} layers for text, and a tower of {len(layers)} before them.",
+            remedy="Choose the text model of this family by itself; flexbatch runs models of text alone.",
+        )
+    if not all(getattr(module, "is_causal", True) for layer in layers for module in layer.modules()):
+        raise ModelError(
+            f"model type {config.model_type!r} is an encoder here: its tokens see those after them.",
+            remedy="Choose a causal LM, or set is_decoder in config.json if the model was trained as one.",
+        )
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -132,8 +142,10 @@ def check_architecture(config: PreTrainedConfig) -> None:
             remedy=f"Nearest known types: {', '.join(near) or 'opt, llama, gpt2'}. A newer Transformers may know it.",
         )
     text = config.get_text_config()
-    unknown = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION)
-    if unknown or getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
+    kinds = set(getattr(text, "layer_types", None) or ())
+    unknown = sorted(kinds - ATTENTION)
+    # A class of hybrids may have models of attention alone.
+    if unknown or (not kinds and getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False)):
         raise ModelError(
             f"model type {kind!r} keeps more than keys and values of its tokens ({', '.join(unknown) or 'a state'}).",
             remedy="flexbatch runs models of attention alone, such as OPT, Llama, Mistral, Qwen2, Qwen3 or Gemma.",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from flexbatch.engine.experts import Experts, routers
+from flexbatch.engine.experts import Expert, Experts, routers
 from flexbatch.engine.model import SteppedModel, build
 from flexbatch.errors import ModelError
 from flexbatch.plan.attention_shape import AttentionShape, attention_shape, positive_field
@@ -109,7 +109,8 @@ def _layer(stepped: SteppedModel, config: PreTrainedConfig, attention: Attention
 
 def _mixture(layer: nn.Module, config: PreTrainedConfig) -> Mixture | None:
     """The layer's experts, apart or stacked."""
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    text = config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
     for module in layer.modules():
         stacks = [value for value in module.parameters(recurse=False) if value.ndim == 3]
         if isinstance(module, Experts):
@@ -142,5 +143,7 @@ def _head_parameters(stepped: SteppedModel) -> int:
 
 
 def _widest_output(layer: nn.Module) -> int:
-    """Features of the widest matrix product inside a layer: what its largest activation holds per token."""
-    return max((parameter.shape[-2] for parameter in layer.parameters() if parameter.ndim >= 2), default=0)
+    """Features of the widest matrix product inside a layer: what its largest activation holds per token. An expert's
+    first two products are side by side."""
+    pairs = [2 * module.gate_proj.out_features for module in layer.modules() if isinstance(module, Expert)]
+    return max([*pairs, *(parameter.shape[-2] for parameter in layer.parameters() if parameter.ndim >= 2)], default=0)

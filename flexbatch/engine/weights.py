@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,11 +101,11 @@ class Weights:
     def ready(self, stop: Stop) -> Iterator[None]:
         """The stop's weights are in its module inside this context."""
         streamed, packed = self._streamed(stop.name), self._packed_slots(stop.name)
-        tensors = {**self._packed, **self._acquire(stop.name)} if streamed else self._packed
+        tensors = ChainMap(dict(self._acquire(stop.name)), self._packed) if streamed else self._packed
         for slot in (*streamed, *packed):
             slot.source.bind(slot.place, tensors, self._stepped.model)
         for slot in streamed:
-            if slot.source.name in self._keeping.chosen - self._keeping.copied.keys():
+            if slot.source.name in self._keeping.chosen and slot.source.name not in self._keeping.copied:
                 self._copy(slot, tensors)
         started = time.perf_counter()
         try:
@@ -252,6 +252,7 @@ class Weights:
 
     def _make_resident(self, slot: Slot) -> None:
         if slot.source.stays_packed:
+            slot.source.unbind(slot.place)
             self._storage.budgets[Tier.DEVICE].reserve(slot.source.nbytes, "weights")
             self._packed.update({entry.name: self._read(entry).to(self._device) for entry in slot.source.entries})
             return

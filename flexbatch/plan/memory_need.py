@@ -203,6 +203,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> li
         at_once = max(policy.slots, min(prompts, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
+    if spec.mixtures:  # an expert's tokens and what it makes of them, in float32 twice, beside the sums
+        inner += 6 * spec.hidden_size * size
     if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled

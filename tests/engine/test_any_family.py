@@ -82,6 +82,11 @@ def test_log_probabilities_are_those_of_transformers(
         torch.testing.assert_close(torch.tensor(done[index].logprobs), wanted, rtol=0, atol=1e-4)
 
 
+def test_a_hybrid_class_of_attention_alone_is_run() -> None:
+    fields = {**SIZES, "layer_types": ["attention"] * 2, "shared_intermediate_size": 128}
+    assert build(AutoConfig.for_model("granitemoehybrid", **fields), torch.float32).num_layers == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -89,8 +94,9 @@ def test_log_probabilities_are_those_of_transformers(
         ("mamba", "keeps more than keys and values"),
         ("rwkv", "keeps more than keys and values"),
         ("qwen3_next", "linear_attention"),
+        ("gemma3", "a tower"),
     ],
 )
 def test_what_is_not_attention_of_one_direction_is_refused(kind: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
-        build(AutoConfig.for_model(kind, vocab_size=VOCABULARY, num_hidden_layers=2), torch.float32)
+        build(AutoConfig.for_model(kind), torch.float32)

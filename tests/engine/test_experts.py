@@ -16,6 +16,7 @@ from flexbatch.engine.experts import Experts, routers
 from flexbatch.engine.model import build
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.packed_sources import pack_sources, smaller_form
+from flexbatch.errors import ModelError
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.safetensors_index import SafetensorsIndex, TensorEntry
 from flexbatch.plan.memory_need import expanded_bytes, held_weights
@@ -139,3 +140,12 @@ def test_a_token_s_sums_are_those_of_transformers_whatever_tokens_are_beside_it(
             [ours(tokens[row : row + 1], chosen[row : row + 1], share[row : row + 1]) for row in range(9)]
         )
     torch.testing.assert_close(made, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_with_more_experts_than_its_config_is_refused(tmp_path: Path) -> None:
+    config = config_of("mixtral")
+    config.num_local_experts = 3
+    model = build(config, torch.float32).model
+    for folder in (saved("mixtral"), stacked("mixtral", tmp_path)):
+        with pytest.raises(ModelError, match=r"have no place|are missing"):
+            map_checkpoint(model, SafetensorsIndex.open(folder).entries, "here")
