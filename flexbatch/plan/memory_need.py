@@ -56,7 +56,10 @@ def weight_form(policy: Policy) -> int:
 
 def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
     """Bytes that the shares of `policy.weights` cut up: layers, embeddings and head, as stored."""
-    return sum(map(sum, spec.stop_bytes(weight_form(policy))))
+    key = ("streamable", weight_form(policy))
+    if key not in spec.remembered:
+        spec.remembered[key] = sum(map(sum, spec.stop_bytes(weight_form(policy))))
+    return spec.remembered[key]  # type: ignore[no-any-return]
 
 
 def tied_bytes(spec: ModelSpec, policy: Policy) -> int:
@@ -78,10 +81,12 @@ class HeldWeights:
 
 
 def held_weights(spec: ModelSpec, policy: Policy) -> HeldWeights:
-    return _held_weights(spec.stop_bytes(weight_form(policy)), spec.stop_uses, policy.weights)
+    key = ("held", weight_form(policy), policy.weights)
+    if key not in spec.remembered:
+        spec.remembered[key] = _held_weights(spec.stop_bytes(weight_form(policy)), spec.stop_uses, policy.weights)
+    return spec.remembered[key]  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=256)
 def _held_weights(sizes: tuple[tuple[int, ...], ...], uses: tuple[tuple[int, ...], ...], shares: Shares) -> HeldWeights:
     (each, firsts), (times, _) = _flat(sizes), _flat(uses)
     placed = place_numbers(each, times, shares)

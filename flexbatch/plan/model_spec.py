@@ -7,10 +7,11 @@ counts them on the meta device (no weight is read) and fills a `ModelSpec`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
+from typing import Any
 
 # Group-wise quantisation: `QUANTIZATION_GROUP` weights share one scale and one minimum of two bytes each.
 QUANTIZATION_GROUP = 32
@@ -187,6 +188,11 @@ class ModelSpec:
 
     def _layer_stops(self, layer: LayerSpec, bits: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(self.tensor_bytes(*tensor, bits) for tensor in part) for part in layer.parts)
+
+    @cached_property
+    def remembered(self) -> dict[Hashable, Any]:
+        """What was worked out from the sizes of all tensors before, by what it was worked out for."""
+        return {}
 
     @cached_property
     def _stop_bytes(self) -> dict[int, tuple[tuple[int, ...], ...]]:
