@@ -19,7 +19,16 @@ from numba import njit
 from numba.extending import register_jitable
 
 from flexbatch.kernels.floats import narrowed, widened
-from flexbatch.kernels.register_tiles import PANEL, TILE, float_tile, pair_tile
+from flexbatch.kernels.register_tiles import (
+    LANES,
+    NARROW_TILE,
+    PANEL,
+    TILE,
+    float_tile,
+    narrow_float_tile,
+    narrow_pair_tile,
+    pair_tile,
+)
 from flexbatch.kernels.threads import new_counter, on_all_threads, take
 from flexbatch.kernels.vectors import multiplies_floats, multiplies_integers
 
@@ -159,33 +168,38 @@ def _exact(total: Any, _offset: Any, _column: int) -> Any:
     return total
 
 
-def _multiplication(tile: Any, widen: Any, told: Any) -> Any:
+def _multiplication(tile: Any, narrow_tile: Any, widen: Any, told: Any) -> Any:
     """Multiplies all rows that are in `panels` by every block of the weight that `counter` gives. `told(sum, offset,
     column)` is what `out` gets of a sum."""
 
     @njit(nogil=True)
-    def add_up(weight: Any, base: int, rows: int, panels: Any, steps: int, wide: Any, sums: Any) -> None:
-        """The sums of `rows` rows of the weight from `base` on, panel by panel, row by row. `wide` is room for them."""
+    def add_up(weight: Any, base: int, rows: int, panels: Any, many: int, wide: Any, sums: Any) -> None:
+        """The sums of `rows` rows of the weight from `base` on, panel by panel, row by row. `wide` is room for them.
+        The panels hold `many` rows: of the last one, half may be empty."""
+        steps, whole = len(panels) // (_panels(many) * PANEL), (many + PANEL - LANES - 1) // PANEL
         sums[:] = 0
         for start in range(0, steps, STEPS):
             count = min(STEPS, steps - start)
             for row in range(rows):
                 widen(weight[base + row], start, count, wide, row * STRIDE)
-            for panel in range(len(panels) // (steps * PANEL)):
+            for panel in range(whole):
                 for row in range(0, rows, TILE):
                     to = (panel * BLOCK + row) * PANEL
                     tile(wide, row * STRIDE, STRIDE, panels, (panel * steps + start) * PANEL, count, sums, to)
+            for panel in range(whole, _panels(many)):
+                for row in range(0, rows, NARROW_TILE):
+                    to = (panel * BLOCK + row) * PANEL
+                    narrow_tile(wide, row * STRIDE, STRIDE, panels, (panel * steps + start) * PANEL, count, sums, to)
 
     @njit(nogil=True)
     def multiply(counter: Any, weight: Any, block: int, offset: Any, panels: Any, out: Any) -> None:
         rows = len(out)
-        steps = len(panels) // (_panels(rows) * PANEL)
         wide = np.zeros(BLOCK * STRIDE, panels.dtype)
         sums = np.empty(_panels(rows) * BLOCK * PANEL, panels.dtype)
         base = take(counter) * block
         while base < len(weight):
             count = min(block, len(weight) - base)
-            add_up(weight, base, count, panels, steps, wide, sums)
+            add_up(weight, base, count, panels, rows, wide, sums)
             for row in range(rows):
                 at, target = (row // PANEL * BLOCK) * PANEL + row % PANEL, out[row, base : base + count]
                 for column in range(count):
@@ -196,8 +210,8 @@ def _multiplication(tile: Any, widen: Any, told: Any) -> Any:
 
 
 _packed_floats, _packed_pairs = _packing(_float), _packing(_pair)
-_float_blocks = _multiplication(float_tile, _widen_floats, _rounded)
-_pair_blocks = _multiplication(pair_tile, _widen_pairs, _exact)
+_float_blocks = _multiplication(float_tile, narrow_float_tile, _widen_floats, _rounded)
+_pair_blocks = _multiplication(pair_tile, narrow_pair_tile, _widen_pairs, _exact)
 
 
 # Numba keeps the code of functions that are no closures.

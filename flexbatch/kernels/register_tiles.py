@@ -31,6 +31,8 @@ PANEL = VECTORS * LANES
 """Rows of the left matrix that are side by side."""
 TILE = 6
 """Rows of the right matrix at a time: with them twelve registers hold sums, as many as two units keep busy."""
+NARROW_TILE = VECTORS * TILE
+"""The same where only the first vector of a panel has rows."""
 
 INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -46,25 +48,26 @@ def _add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     return builder.add(sums, builder.call(products, pairs))
 
 
-def _tile(kind: Any, add: Any) -> Any:
-    """The intrinsic that adds `steps` products to `TILE` by `PANEL` sums, side by side from index `to` of `out` on.
+def _tile(kind: Any, add: Any, many: int, vectors: int) -> Any:
+    """The intrinsic that adds `steps` products to sums of `many` rows of the right matrix and `vectors` vectors of the
+    left one's, `PANEL` from row to row, from index `to` of `out` on.
 
     Row r of the right matrix has its numbers in `right` from `at` + r * `stride` on; step s of the left one has its
     `PANEL` numbers in `left` from `origin` + s * `PANEL` on. A number is a float32, or a pair of int16 in four bytes.
     """
-    places = [(row, vector) for row in range(TILE) for vector in range(VECTORS)]
+    places = [(row, vector) for row in range(many) for vector in range(vectors)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         right, left, out = (memory_of(context, builder, signature.args[at], arguments[at]) for at in (0, 3, 6))
         at, stride, origin, steps, to = (arguments[index] for index in (1, 2, 4, 5, 7))
         targets = [builder.add(to, INT64(row * PANEL + vector * LANES)) for row, vector in places]
         starts = [number(builder, out, target, kind) for target in targets]
-        rows = [builder.gep(right, [builder.add(at, builder.mul(stride, INT64(row)))]) for row in range(TILE)]
+        rows = [builder.gep(right, [builder.add(at, builder.mul(stride, INT64(row)))]) for row in range(many)]
         panel = builder.gep(left, [origin])
 
         def next_sums(step: Any, sums: list[Any]) -> list[Any]:
             first = builder.mul(step, INT64(PANEL))
-            lanes = [builder.add(first, INT64(vector * LANES)) for vector in range(VECTORS)]
+            lanes = [builder.add(first, INT64(vector * LANES)) for vector in range(vectors)]
             theirs = [number(builder, panel, lane, kind) for lane in lanes]
             ours = [repeated(builder, number(builder, row, step, kind.element), kind) for row in rows]
             return [
@@ -84,7 +87,9 @@ def _tile(kind: Any, add: Any) -> Any:
     return intrinsic(tile)
 
 
-float_tile: Any = _tile(FLOATS, _add_floats)
+float_tile: Any = _tile(FLOATS, _add_floats, TILE, VECTORS)
 """Of float32 `right`, `left` and `out`: a * b + c, rounded once a step."""
-pair_tile: Any = _tile(INTEGERS, _add_pairs)
+narrow_float_tile: Any = _tile(FLOATS, _add_floats, NARROW_TILE, 1)
+pair_tile: Any = _tile(INTEGERS, _add_pairs, TILE, VECTORS)
 """Of int32 `right` and `left`, each two int16, and int32 `out`: exact."""
+narrow_pair_tile: Any = _tile(INTEGERS, _add_pairs, NARROW_TILE, 1)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from flexbatch.kernels import panel_products
 from flexbatch.kernels.panel_products import BLOCK, STEPS, float_product, integer_sums
-from flexbatch.kernels.register_tiles import PANEL
+from flexbatch.kernels.register_tiles import LANES, PANEL
 from flexbatch.kernels.vectors import multiplies_floats
 
 pytestmark = pytest.mark.skipif(not multiplies_floats(), reason="this processor has no AVX2")
 
 # Around the edges of panels, blocks and steps.
-ROWS = st.sampled_from([1, 2, PANEL - 1, PANEL, PANEL + 1, 40])
+ROWS = st.sampled_from([1, 2, LANES, LANES + 1, PANEL, PANEL + 1, PANEL + LANES + 1, 40])
 OUT = st.sampled_from([1, 5, 6, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 IN = st.sampled_from([1, 2, 3, 64, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 1, 2 * STEPS + 2])
 SEED = st.integers(0, 999)
