@@ -12,11 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
-from flexbatch.kernels import panel_products
+from flexbatch.kernels import widened_products
 from flexbatch.memory.blocked_weight import lay_out, linear, suits
-
-FEWEST_ROWS = 5
-"""That our own products are for; with fewer torch reads the weight as fast (docs/benchmarks.md)."""
 
 
 class BlockedLinear(nn.Linear):
@@ -41,7 +38,7 @@ def use_fastest_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch
     if suits(dtype):
         layers = [stop.module for stop in stepped.stops if stop.layer is not None]
         _become([module for layer in layers for module in layer.modules()], BlockedLinear)
-    elif panel_products.suit(dtype):
+    elif widened_products.suit(dtype):
         _become(list(stepped.model.modules()), WidenedLinear)
 
 
@@ -66,7 +63,7 @@ def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`inputs` `[rows, in]` times a weight that is laid so."""
     if weight.is_mkldnn:
         return linear(inputs, weight, None)
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and panel_products.suit(weight.dtype):
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and widened_products.suit(weight.dtype):
         return _widened(inputs, weight, None)
     return functional.linear(inputs, weight)
 
@@ -80,7 +77,7 @@ def _become(modules: list[nn.Module], kind: type[nn.Linear]) -> None:
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     # Some models keep a layer in float32 whatever type is asked for.
-    if len(rows) < FEWEST_ROWS or not x.dtype == weight.dtype == torch.bfloat16:
+    if not x.dtype == weight.dtype == torch.bfloat16:
         return functional.linear(x, weight, bias)
-    made = panel_products.float_product(rows.contiguous(), weight.contiguous(), bias)
+    made = widened_products.float_product(rows.contiguous(), weight.contiguous(), bias)
     return made.view(*x.shape[:-1], len(weight))

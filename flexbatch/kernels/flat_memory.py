@@ -11,3 +11,8 @@ def flat(states: torch.Tensor) -> Any:
     """From the first to the last number of bfloat16 `states`, uint16 in one dimension; its strides still hold."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(states.shape, states.stride(), strict=True))
     return states.as_strided((span,), (1,)).view(torch.uint16).numpy()
+
+
+def bits(numbers: torch.Tensor) -> Any:
+    """Contiguous bfloat16 `numbers` as uint16 of the same shape."""
+    return numbers.view(torch.uint16).numpy()

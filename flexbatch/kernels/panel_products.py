@@ -1,16 +1,12 @@
-"""Matrix products on a CPU with AVX2 that multiplies neither bfloat16 nor 8-bit integers by itself.
-
-torch's products of bfloat16 reach a sixth of the rate of float32 on such a processor, those of int8 a hundredth
-(docs/benchmarks.md). Here a block of the weight is widened to float32 or int16 where the cache holds it, and is
-multiplied there by all rows (or as many as `PANEL_BYTES` hold) before the next one: memory is read in the weight's
-own, narrow form.
+"""Matrix products of many rows on a CPU with AVX2: a block of the weight is widened to float32 or int16 where the
+cache holds it, and multiplied there by all rows (or as many as `PANEL_BYTES` hold) before the next one. So memory is
+read in the weight's own, narrow form.
 
 Sums of bfloat16 are float32, added up in one order whatever rows are beside a row; those of int8 are exact.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +14,8 @@ import torch
 from numba import njit
 from numba.extending import register_jitable
 
-from flexbatch.kernels.floats import narrowed, widened
+from flexbatch.kernels.flat_memory import bits
+from flexbatch.kernels.floats import widened
 from flexbatch.kernels.register_tiles import (
     LANES,
     NARROW_TILE,
@@ -29,8 +26,8 @@ from flexbatch.kernels.register_tiles import (
     narrow_pair_tile,
     pair_tile,
 )
-from flexbatch.kernels.threads import new_counter, on_all_threads, take
-from flexbatch.kernels.vectors import multiplies_floats, multiplies_integers
+from flexbatch.kernels.sums import exact, rounded
+from flexbatch.kernels.threads import share_out, take
 
 BLOCK = 8 * TILE
 """Most rows of the weight that are widened at a time."""
@@ -38,19 +35,10 @@ STEPS = 512
 """Numbers, or pairs of them, of each of these rows: with them a block takes 100 kB of the second cache."""
 STRIDE = STEPS + 16
 """From one widened row to the next: no power of two, or the rows would share a few lines of the cache."""
+PACKING = 32
+"""Multiplications that take as long as laying a number of the inputs into its panel."""
 PANEL_BYTES = 8 << 20
 """Most memory for widened inputs."""
-
-
-@cache
-def suit(dtype: torch.dtype) -> bool:
-    """Whether these are this CPU's way to multiply numbers of this type: torch has none that is fast."""
-    if not multiplies_floats():
-        return False
-    if dtype == torch.int8:
-        return not multiplies_integers()
-    by_torch = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
-    return dtype == torch.bfloat16 and not by_torch
 
 
 def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -58,8 +46,8 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     summed in float32, rounded once to bfloat16 `[rows, out]`."""
     out = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
     offset = np.zeros(len(weight), np.float32) if bias is None else bias.float().numpy()
-    right = _bits(weight), _block(len(weight)), offset
-    _multiply(_pack_floats, _multiply_floats, _bits(rows), right, rows.shape[1], np.float32, _bits(out))
+    right = bits(weight), _block(len(weight)), offset
+    _multiply(_pack_floats, _multiply_floats, bits(rows), right, rows.shape[1], np.float32, bits(out))
     return out
 
 
@@ -76,12 +64,8 @@ def _multiply(pack: Any, multiply: Any, left: Any, right: tuple[Any, ...], steps
     for chunk in _chunks(len(left), steps):
         rows = left[chunk]
         panels = np.empty(_panels(len(rows)) * steps * PANEL, number)
-        _on_threads(pack, rows, panels)
-        _on_threads(multiply, *right, panels, out[chunk])
-
-
-def _bits(numbers: torch.Tensor) -> Any:
-    return numbers.view(torch.uint16).numpy()
+        share_out(pack, rows, panels, operations=PACKING * panels.size)
+        share_out(multiply, *right, panels, out[chunk], operations=out.shape[1] * panels.size)
 
 
 def _block(rows: int) -> int:
@@ -95,11 +79,6 @@ def _chunks(rows: int, steps: int) -> list[slice]:
     """Rows whose panels are in memory together, in whole panels."""
     step = max(1, PANEL_BYTES // (4 * max(1, steps) * PANEL)) * PANEL
     return [slice(first, min(rows, first + step)) for first in range(0, rows, step)]
-
-
-def _on_threads(kernel: Any, *arguments: Any) -> None:
-    counter = new_counter()
-    on_all_threads(lambda _first, _step: kernel(counter, *arguments))
 
 
 @register_jitable
@@ -158,16 +137,6 @@ def _widen_pairs(source: Any, start: int, count: int, wide: Any, at: int) -> Non
         halves[index] = np.int16(numbers[index])
 
 
-@njit(nogil=True, inline="always")
-def _rounded(total: Any, offset: Any, column: int) -> Any:
-    return narrowed(total + offset[column])
-
-
-@njit(nogil=True, inline="always")
-def _exact(total: Any, _offset: Any, _column: int) -> Any:
-    return total
-
-
 def _multiplication(tile: Any, narrow_tile: Any, widen: Any, told: Any) -> Any:
     """Multiplies all rows that are in `panels` by every block of the weight that `counter` gives. `told(sum, offset,
     column)` is what `out` gets of a sum."""
@@ -210,8 +179,8 @@ def _multiplication(tile: Any, narrow_tile: Any, widen: Any, told: Any) -> Any:
 
 
 _packed_floats, _packed_pairs = _packing(_float), _packing(_pair)
-_float_blocks = _multiplication(float_tile, narrow_float_tile, _widen_floats, _rounded)
-_pair_blocks = _multiplication(pair_tile, narrow_pair_tile, _widen_pairs, _exact)
+_float_blocks = _multiplication(float_tile, narrow_float_tile, _widen_floats, rounded)
+_pair_blocks = _multiplication(pair_tile, narrow_pair_tile, _widen_pairs, exact)
 
 
 # Numba keeps the code of functions that are no closures.

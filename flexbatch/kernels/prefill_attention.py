@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from flexbatch.kernels import panel_products
+from flexbatch.kernels import widened_products
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import LOG2_OF_E
 from flexbatch.kernels.online_softmax import UNIT, answer, begin, gather_keys, gather_values, new_tile, see
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 def is_available() -> bool:
     """Whether this processor is one that the kernel is for."""
-    return multiplies_pairs() or panel_products.suit(torch.bfloat16)
+    return multiplies_pairs() or widened_products.suit(torch.bfloat16)
 
 
 def suits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:

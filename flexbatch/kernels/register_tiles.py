@@ -38,11 +38,11 @@ INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LA
 PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
-def _add_floats(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
+def add_floats(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     return multiply_add(builder, ours, theirs, sums)
 
 
-def _add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
+def add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     products = function(builder, "llvm.x86.avx2.pmadd.wd", INTEGERS, [PAIRS] * 2)
     pairs = [builder.bitcast(each, PAIRS) for each in (ours, theirs)]
     return builder.add(sums, builder.call(products, pairs))
@@ -87,9 +87,9 @@ def _tile(kind: Any, add: Any, many: int, vectors: int) -> Any:
     return intrinsic(tile)
 
 
-float_tile: Any = _tile(FLOATS, _add_floats, TILE, VECTORS)
+float_tile: Any = _tile(FLOATS, add_floats, TILE, VECTORS)
 """Of float32 `right`, `left` and `out`: a * b + c, rounded once a step."""
-narrow_float_tile: Any = _tile(FLOATS, _add_floats, NARROW_TILE, 1)
-pair_tile: Any = _tile(INTEGERS, _add_pairs, TILE, VECTORS)
+narrow_float_tile: Any = _tile(FLOATS, add_floats, NARROW_TILE, 1)
+pair_tile: Any = _tile(INTEGERS, add_pairs, TILE, VECTORS)
 """Of int32 `right` and `left`, each two int16, and int32 `out`: exact."""
-narrow_pair_tile: Any = _tile(INTEGERS, _add_pairs, NARROW_TILE, 1)
+narrow_pair_tile: Any = _tile(INTEGERS, add_pairs, NARROW_TILE, 1)

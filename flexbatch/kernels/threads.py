@@ -17,6 +17,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+WAKING = 1 << 24
+"""Multiplications that one thread does while another wakes up (0.4 ms on a virtual machine)."""
+
 
 def on_all_threads(work: Callable[[int, int], None], threads: int | None = None) -> None:
     """Calls `work(first, step)` for each of `threads` (torch's own number) firsts, and waits; errors come here."""
@@ -25,6 +28,13 @@ def on_all_threads(work: Callable[[int, int], None], threads: int | None = None)
     work(0, step)
     for other in others:
         other.result()
+
+
+def share_out(kernel: Any, *arguments: Any, operations: int) -> None:
+    """Calls `kernel(counter, *arguments)` on each of torch's threads, which `take` pieces from the same counter; on
+    this one alone where there are so few `operations` that waking others would take longer."""
+    counter, threads = new_counter(), 1 if operations < WAKING else None
+    on_all_threads(lambda _first, _step: kernel(counter, *arguments), threads)
 
 
 @cache

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.kernels import panel_products
+from flexbatch.kernels import widened_products
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
 from flexbatch.memory.blocked_weight import (
     ZERO_POINT,
@@ -117,7 +117,7 @@ def int8_layout(shape: tuple[int, ...]) -> IntegerLayout:
     """The layout that this machine multiplies fastest."""
     if len(shape) == 2 and suits(torch.int8):
         return BlockedInt8Layout(shape, blocked_form(shape, torch.int8).key)
-    return RowInt8Layout(shape) if panel_products.suit(torch.int8) else Int8Layout(shape)
+    return RowInt8Layout(shape) if widened_products.suit(torch.int8) else Int8Layout(shape)
 
 
 def quantize_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,8 +173,8 @@ def int8_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     [rows, out]. With a weight in the blocked format `ZERO_POINT` has been added to the values, in eight bits."""
     if weight.is_mkldnn:
         return integer_product(values.view(torch.uint8), weight)
-    if weight.is_contiguous() and panel_products.suit(torch.int8):
-        return panel_products.integer_sums(values, weight)
+    if weight.is_contiguous() and widened_products.suit(torch.int8):
+        return widened_products.integer_sums(values, weight)
     return torch._int_mm(values, weight.t())
 
 

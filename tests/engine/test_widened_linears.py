@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from flexbatch.engine import linear_layers, opening
 from flexbatch.engine.linear_layers import WidenedLinear, use_fastest_linears
 from flexbatch.engine.model import build
-from flexbatch.kernels import panel_products
+from flexbatch.kernels import widened_products
 from flexbatch.kernels.vectors import multiplies_floats
 from flexbatch.plan.policy import Shares
 from tests.engine.families import FAMILIES, saved
@@ -26,7 +26,7 @@ RESIDENT, STREAMED = Shares(1, 0), Shares(0, 0)
 @pytest.fixture(autouse=True)
 def _as_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layers, "suits", lambda _dtype: False)
-    monkeypatch.setattr(panel_products, "suit", lambda _dtype: True)
+    monkeypatch.setattr(widened_products, "suit", lambda _dtype: True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
