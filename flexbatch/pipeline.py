@@ -20,6 +20,7 @@ from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
 from flexbatch.report.disk_watch import DiskWatch
 from flexbatch.report.html import write_report
+from flexbatch.report.outlook import outlook_of
 from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_record import plan_record
 from flexbatch.report.plan_text import Measured, Plan, plan_lines, predicted_against_measured, print_plan
@@ -129,11 +130,11 @@ def _pass_by_pass(
     """Runs the engine to the end of the work, with everything that looks on, and closes it."""
     ledger.save_plan(plan_record(plan))
     tally = Tally()
-    planned = plan.prediction.seconds * _to_do(work, ledger)
+    outlook = outlook_of(plan.prediction, _to_do(work, ledger))
     with (
         contextlib.closing(engine),
         Timeline(ledger.folder) as timeline,
-        Progress(work.total, ledger.rows_done, sys.stderr, planned_seconds=planned, note=watch.note) as progress,
+        Progress(work.total, ledger.rows_done, sys.stderr, outlook=outlook, note=watch.note) as progress,
     ):
 
         def on_pass(result: PassResult, rows_done: int) -> None:

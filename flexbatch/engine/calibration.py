@@ -1,4 +1,4 @@
-"""The figures of this machine: measured once, in under a minute, and kept for the next run.
+"""The figures of this machine: measured once, in a minute or two, and kept for the next run.
 
 Rates are kept in a file named by processor, accelerator, memory, threads and library versions; free memory and disk
 space are looked up anew each time.
@@ -30,7 +30,7 @@ from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
-MEASUREMENT_VERSION = 21
+MEASUREMENT_VERSION = 22
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05
@@ -54,7 +54,7 @@ def measure_hardware(
     rates = None if refresh else _kept(file, identity)
     if rates is None:
         started = time.perf_counter()
-        logger.info("Measuring this machine once (under a minute)")
+        logger.info("Measuring this machine once (a minute or two)")
         rates = measure_rates(device, disk_folder)
         logger.info("Measured in %.0f s; kept in %s", time.perf_counter() - started, file)
         _keep(file, identity, rates)

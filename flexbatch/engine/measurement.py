@@ -35,7 +35,7 @@ from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 ROWS = (1, 4, 16, 64, 256, 1024)
 """Of the products that are measured; an accelerator gains by more."""
 MOST_ROWS = 2048
-LAPS = 5
+LAPS = 3
 """Over all of them in a round."""
 HIDDEN = 4096
 WIDTH_ROWS = 256
@@ -137,7 +137,9 @@ def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     weights = [as_multiplied(random_values((HIDDEN, HIDDEN), dtype, device)) for _ in range(2)]
     rows = ROWS if device.type == "cpu" else (*ROWS, MOST_ROWS)
     return _curve(
-        {many: partial(_products, random_values((many, HIDDEN), dtype, device), weights) for many in rows}, device
+        {many: partial(_products, random_values((many, HIDDEN), dtype, device), weights) for many in rows},
+        len(weights),
+        device,
     )
 
 
@@ -147,23 +149,22 @@ def _int8_curve() -> dict[int, float]:
     included."""
     cpu = torch.device("cpu")
     layout = int8_layout((HIDDEN, HIDDEN))
-    stored = [layout.pack(random_values((HIDDEN, HIDDEN), torch.bfloat16, cpu)) for _ in range(2)]
+    stored = [layout.pack(random_values((HIDDEN, HIDDEN), torch.bfloat16, cpu)) for _ in range(4)]
     weights = [(layout.weight(values), scale) for values, scale in stored]
 
     def products(inputs: torch.Tensor) -> None:
         for weight in weights:
             int8_linear(inputs, *weight)
 
-    return _curve({many: partial(products, random_values((many, HIDDEN), torch.bfloat16, cpu)) for many in ROWS}, cpu)
+    inputs = {many: random_values((many, HIDDEN), torch.bfloat16, cpu) for many in ROWS}
+    return _curve({many: partial(products, rows) for many, rows in inputs.items()}, len(weights), cpu)
 
 
-def _curve(works: Mapping[int, Callable[[], None]], device: torch.device) -> dict[int, float]:
-    """FLOP/s by rows, given what multiplies so many rows by two weights: in turn, so that a slow moment is no slow
-    number of rows."""
-    laps = [
-        {rows: 4.0 * rows * HIDDEN * HIDDEN / seconds_of(work, device, 0.02) for rows, work in works.items()}
-        for _ in range(LAPS)
-    ]
+def _curve(works: Mapping[int, Callable[[], None]], weights: int, device: torch.device) -> dict[int, float]:
+    """FLOP/s by rows, given what multiplies so many rows by so many `weights`: in turn, so that a slow moment is no
+    slow number of rows."""
+    flop = 2.0 * weights * HIDDEN * HIDDEN  # of a row
+    laps = [{rows: flop * rows / seconds_of(work, device, 0.02) for rows, work in works.items()} for _ in range(LAPS)]
     return medians(laps)
 
 

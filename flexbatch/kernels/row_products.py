@@ -32,7 +32,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     """As `panel_products.float_product`, summed in another order; `in` is a multiple of 8."""
     out = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
     offset = np.zeros(len(weight), np.float32) if bias is None else bias.float().numpy()
-    given, operations = rows.float().numpy(), _operations(rows, weight)
+    given, operations = rows.float().contiguous().numpy(), _operations(rows, weight)
     share_out(_multiply_floats, bits(weight), given, offset, bits(out), operations=operations)
     return out
 
@@ -40,7 +40,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """As `panel_products.integer_sums`; `in` is a multiple of 16."""
     out = torch.empty(len(values), len(weight), dtype=torch.int32)
-    given, operations = values.short().numpy(), _operations(values, weight)
+    given, operations = values.short().contiguous().numpy(), _operations(values, weight)
     share_out(_multiply_bytes, weight.numpy(), given, out.numpy(), operations=operations)
     return out
 

@@ -18,7 +18,8 @@ from numba import types
 from numba.extending import intrinsic
 
 WAKING = 1 << 24
-"""Multiplications that one thread does while another wakes up (0.4 ms on a virtual machine)."""
+"""Multiplications (of pairs, where they come in pairs) that one thread does while another wakes up: 0.4 ms on a virtual
+machine."""
 
 
 def on_all_threads(work: Callable[[int, int], None], threads: int | None = None) -> None:

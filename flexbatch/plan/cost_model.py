@@ -24,7 +24,7 @@ class Prediction:
     `seconds` = sum over passes of the busiest resource; `tokens_per_second` counts generated tokens;
     `row_seconds` is how long one row is in flight. `binding` is the resource that limits most of the passes' time.
     `prefill_seconds` and `decode_seconds` split `seconds` by the arithmetic that each causes. `ramp_seconds` pass until
-    the slots are full.
+    the slots are full. In `joining_passes`, which take `joining_seconds`, `prompt_tokens` go through the model.
     """
 
     policy: Policy
@@ -34,6 +34,9 @@ class Prediction:
     prefill_seconds: float
     decode_seconds: float
     ramp_seconds: float
+    joining_seconds: float
+    joining_passes: float
+    prompt_tokens: float
     row_seconds: float
     binding: Resource
     terms: Mapping[str, Term]
@@ -56,9 +59,12 @@ def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     plan = schedule(shown, policy.slots, policy.prefill_tokens, policy.shortest_part)
     totals = _Totals()
     for load, count in plan.loads.items():
-        totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))
+        seconds = totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))
+        if load.joining:
+            tokens = load.joining * shown.own_tokens + load.groups * shown.shared_tokens
+            totals.join(seconds, count, count * tokens)
     items = needs(spec, hardware, workload, policy)
-    totals.add(list(first_terms(hardware, items)), 1, 1)
+    totals.join(totals.add(list(first_terms(hardware, items)), 1, 1), 0, 0)
     return totals.prediction(plan, shown, policy, items)
 
 
@@ -67,11 +73,12 @@ class _Totals:
 
     def __init__(self) -> None:
         self.seconds = self.ramp_seconds = 0.0
+        self.joining_seconds = self.joining_passes = self.prompt_tokens = 0.0
         self.bound, self.busy = dict.fromkeys(Resource, 0.0), dict.fromkeys(Resource, 0.0)
         self.terms: dict[str, Term] = {}
 
-    def add(self, terms: list[Term], count: float, ramp: float) -> None:
-        """`count` passes of these terms, `ramp` of them while the slots fill."""
+    def add(self, terms: list[Term], count: float, ramp: float) -> float:
+        """`count` passes of these terms, `ramp` of them while the slots fill. Gives their seconds."""
         resources = by_resource(terms)
         longest = pass_seconds(resources)
         self.seconds += longest * count
@@ -84,6 +91,13 @@ class _Totals:
             seconds = term.seconds * count + (before.seconds if before else 0.0)
             amount = term.amount * count + (before.amount if before else 0.0)
             self.terms[term.what] = replace(term, seconds=seconds, amount=amount)
+        return longest * count
+
+    def join(self, seconds: float, passes: float, prompt_tokens: float) -> None:
+        """Of what was added, so much is prompts' entering."""
+        self.joining_seconds += seconds
+        self.joining_passes += passes
+        self.prompt_tokens += prompt_tokens
 
     def prediction(self, plan: Schedule, workload: Workload, policy: Policy, items: tuple[Need, ...]) -> Prediction:
         prefill = sum(term.seconds for what, term in self.terms.items() if what.startswith("prefill"))
@@ -96,6 +110,9 @@ class _Totals:
             prefill_seconds=self.seconds * share,
             decode_seconds=self.seconds * (1.0 - share),
             ramp_seconds=self.ramp_seconds,
+            joining_seconds=self.joining_seconds,
+            joining_passes=self.joining_passes,
+            prompt_tokens=self.prompt_tokens,
             row_seconds=workload.new_tokens * self.seconds / max(1.0, plan.passes),
             binding=max(self.bound, key=lambda resource: self.bound[resource]),
             terms=self.terms,

@@ -20,10 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flexbatch.records import PassResult
+from flexbatch.report.outlook import Outlook
 from flexbatch.report.snapshot import Sample, Samples, Snapshot
 
 LONG_PASS_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
+ENOUGH_ROWS = 30
+"""Rows that finish in the last minutes and say how fast the others will; fewer come in bursts."""
 
 
 def duration_text(seconds: float) -> str:
@@ -122,10 +125,10 @@ def panel(now: Snapshot, clock: datetime, note: str = "") -> Group:
 class Progress:
     """Call `update` after every pass, with the rows of the whole job that are done (earlier attempts included).
 
-    The finish time comes from the rows finished in the last minutes of this attempt alone. While a pass takes minutes
-    a line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it. Until
-    the first row is finished the time left is what the plan says, `planned_seconds` for this attempt. What `note` says
-    comes with it.
+    The finish time comes from the rows finished in the last minutes of this attempt alone, where these are many; else
+    from `outlook`, what the plan says of this attempt, at the speed of the passes so far. While a pass takes minutes a
+    line still comes now and then, with longer and longer pauses. `total_rows` is None where nobody knows it. What
+    `note` says comes with it.
     """
 
     def __init__(
@@ -134,18 +137,18 @@ class Progress:
         already_done: int = 0,
         stream: TextIO | None = None,
         *,
-        planned_seconds: float = math.inf,
+        outlook: Outlook = Outlook(),  # noqa: B008 - frozen
         every_seconds: float = 5.0,
         note: Callable[[], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_rows = total_rows
-        self._planned_seconds = planned_seconds
+        self._outlook = outlook
         self._stream = stream or sys.stderr
         self._every = self._pause = every_seconds
         self._note = note
         self._clock = clock
-        self._decode_tokens = self._prefill_tokens = self._in_flight = 0
+        self._decode_tokens = self._prefill_tokens = self._still_passes = self._in_flight = 0
         self._wait_seconds = 0.0
         self._bytes: Counter[str] = Counter()
         self._printed = clock()
@@ -179,6 +182,7 @@ class Progress:
         with self._lock:
             self._decode_tokens += result.decode_tokens
             self._prefill_tokens += result.prefill_tokens
+            self._still_passes += not result.prefill_tokens
             self._wait_seconds += sum(result.waits.values())
             self._bytes.update(result.bytes_moved)
             self._in_flight = result.rows_in_flight
@@ -198,9 +202,13 @@ class Progress:
     @property
     def now(self) -> Snapshot:
         measured = self._samples.snapshot(self._clock(), self._total_rows, self._in_flight)
-        if math.isfinite(measured.seconds_left):
+        is_clear = self._samples.rows_of_late >= ENOUGH_ROWS and math.isfinite(measured.seconds_left)
+        if is_clear or not measured.seconds_left or not math.isfinite(self._outlook.seconds):
             return measured
-        return replace(measured, seconds_left=max(1.0, self._planned_seconds - measured.elapsed))
+        # What the pass under way has done nobody knows.
+        until_last = measured.elapsed - measured.pass_seconds
+        left = self._outlook.seconds_left(self._prefill_tokens, self._still_passes, until_last)
+        return replace(measured, seconds_left=max(1.0, left - measured.pass_seconds))
 
     def _speak_up(self) -> None:
         """In a thread of its own: a line when no pass has ended for a while, twice as long after each."""

@@ -56,6 +56,11 @@ class Samples:
     def last(self) -> Sample:
         return self._kept[-1]
 
+    @property
+    def rows_of_late(self) -> int:
+        """Rows that were done in the window."""
+        return self._kept[-1].rows - self._kept[0].rows
+
     def add(self, sample: Sample) -> None:
         if len(self._kept) > 1 and sample.seconds - self._kept[-2].seconds < SAMPLE_SECONDS:
             self._kept.pop()

@@ -63,11 +63,11 @@ def test_a_layer_that_its_model_keeps_in_float32_stays_exact() -> None:
     assert torch.equal(layer(x), wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 70])
-def test_a_linear_layer_of_ours_is_the_one_of_torch_within_a_rounding(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "width"), [(1, 208), (5, 208), (24, 208), (25, 208), (70, 208), (2, 200), (2, 201)])
+def test_a_linear_layer_of_ours_is_the_one_of_torch_within_a_rounding(rows: int, width: int) -> None:
     torch.manual_seed(rows)
-    layer = nn.Linear(200, 90).bfloat16().requires_grad_(False)
-    x = torch.randn(2, rows, 200).bfloat16()
+    layer = nn.Linear(width, 90).bfloat16().requires_grad_(False)
+    x = torch.randn(2, rows, width).bfloat16()
     wanted = layer.float()(x.float())
     layer.bfloat16().__class__ = WidenedLinear
     torch.testing.assert_close(layer(x).float(), wanted, rtol=2**-8, atol=1e-5)
