@@ -15,4 +15,5 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-config.CACHE_DIR = str(Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__") / f"kernels-{_digest()}")
+_given: str = config.CACHE_DIR  # type: ignore[attr-defined]
+config.CACHE_DIR = str(Path(_given or Path(__file__).parent / "__pycache__") / f"kernels-{_digest()}")  # type: ignore[attr-defined]

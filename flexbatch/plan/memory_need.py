@@ -199,7 +199,7 @@ def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]
 
 def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
     size = number_bytes(spec)
-    longest = max(1.0, workload.longest_prompt - math.floor(workload.shared_tokens))
+    longest = float(workload.longest_kept)
     joining, tokens = _joining(workload, policy, longest)
     prompts = tokens + math.ceil(workload.shared_tokens)
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts

@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flexbatch.errors import ConfigError
 from flexbatch.plan.admission import Admission
@@ -16,7 +17,8 @@ class Workload:
     """A job's rows. `prompt_lengths` and `new_lengths` (tokens) are samples that stand for all rows.
 
     `longest_prompt` and `longest_new` bound every row (the KV cache is laid out for them). Where prompts share a
-    prefix, `shared_tokens` of each prompt are its group's and `rows_per_group` rows share one.
+    prefix, `shared_tokens` of each prompt are its group's, on the average, and `rows_per_group` rows share one;
+    `longest_own` bounds what is left of a prompt (0: the longest prompt without so many).
     """
 
     rows: int
@@ -26,15 +28,16 @@ class Workload:
     longest_new: int
     shared_tokens: float = 0.0
     rows_per_group: float = 1.0
+    longest_own: int = 0
 
     @staticmethod
-    def uniform(rows: int, prompt: int = 512, new: int = 32, **more: float) -> Workload:
+    def uniform(rows: int, prompt: int = 512, new: int = 32, **more: Any) -> Workload:
         """Every row alike."""
         return Workload(rows, (prompt,), (new,), prompt, new, **more)
 
     @staticmethod
     def from_samples(
-        rows: int, prompt_lengths: Sequence[int], longest_new: int, *, new_lengths: Sequence[int] = (), **more: float
+        rows: int, prompt_lengths: Sequence[int], longest_new: int, *, new_lengths: Sequence[int] = (), **more: Any
     ) -> Workload:
         """From prompt lengths of some rows; without `new_lengths` every row generates `longest_new` tokens."""
         if rows < 1 or not prompt_lengths:
@@ -73,7 +76,12 @@ class Workload:
         return min(groups, math.ceil(self.rows / self.rows_per_group)) if are_known else groups
 
     def without_sharing(self) -> Workload:
-        return replace(self, shared_tokens=0.0, rows_per_group=1.0)
+        return replace(self, shared_tokens=0.0, rows_per_group=1.0, longest_own=0)
+
+    @property
+    def longest_kept(self) -> int:
+        """Prompt tokens that a row may have in its slot."""
+        return self.longest_own or max(1, self.longest_prompt - math.floor(self.shared_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +185,7 @@ class _Simulation:
 
 def span(workload: Workload) -> int:
     """The longest that a row's own part can get: prompt without the shared prefix, and completion."""
-    return max(1, workload.longest_prompt - math.floor(workload.shared_tokens)) + workload.longest_new
+    return workload.longest_kept + workload.longest_new
 
 
 def columns(workload: Workload) -> int:

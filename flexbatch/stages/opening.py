@@ -14,6 +14,7 @@ from flexbatch.plan.blocked_file import affordable_bytes
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
+from flexbatch.stages.planning import longest_prompts
 from flexbatch.stages.work import Work
 
 
@@ -32,9 +33,9 @@ def open_for(
     the job is still `to_do`."""
     named = config.offload.disk_dir
     disk_folder = working_folder(named, "offload.disk_dir") if named else working_folder(str(scratch), "output.dir")
-    limits, scan = plan.limits, work.scan
+    limits = plan.limits
     cache = working_folder(config.model.cache_dir, "model.cache_dir")
-    longest = max(scan.lengths, default=1) if scan.complete else work.longest_prompt
+    longest, longest_own = longest_prompts(work)
     return open_engine(
         model.checkpoint(cache),
         plan.prediction.policy,
@@ -42,7 +43,7 @@ def open_for(
         Vocabulary(model.tokenizer, model.end_tokens),
         EngineOptions(
             span=longest + work.longest_new,
-            own_span=scan.longest_own + work.longest_new if scan.complete else 0,
+            own_span=longest_own + work.longest_new,
             dtype=model.dtype,
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from flexbatch.stages.work import Scan, Work
 
 # A model this small beside the free memory needs no measured machine: everything is resident whatever the rates are.
 SMALL_MODEL = 0.05
+
+# The plan adds up its samples again and again; more of them say no more.
+MOST_SAMPLES = 4096
 
 HALF = ("bfloat16", "float16", "float32")
 
@@ -97,16 +101,27 @@ def draw_frontier(config: Config, plan: Plan, folder: Path) -> Path:
 
 
 def describe_workload(work: Work, scan: Scan) -> Workload:
-    """The scanned prompts stand for all rows."""
+    """The scanned prompts stand for all rows; they bound them only where they are all."""
     rows = work.total if work.total is not None else max(len(scan.lengths), 1)
     shared = [tokens for tokens in scan.shared if tokens]
+    every = math.ceil(len(scan.lengths) / MOST_SAMPLES) or 1
     alike = Workload.from_samples(
-        max(1, rows), scan.lengths or (work.longest_prompt,), work.longest_new, new_lengths=scan.new
+        max(1, rows), scan.lengths[::every] or (work.longest_prompt,), work.longest_new, new_lengths=scan.new[::every]
     )
+    longest, longest_own = longest_prompts(work)
+    alike = replace(alike, longest_prompt=longest)
     if not shared:
         return alike
+    groups = len(shared) / max(1, scan.groups)
     mean = sum(shared) / len(scan.shared)
-    return replace(alike, shared_tokens=mean, rows_per_group=len(shared) / max(1, scan.groups))
+    return replace(alike, shared_tokens=mean, rows_per_group=groups, longest_own=longest_own)
+
+
+def longest_prompts(work: Work) -> tuple[int, int]:
+    """The most tokens of any prompt, and of any without its shared prefix: seen, or where not all were, allowed."""
+    if work.scan.complete:
+        return max(work.scan.lengths, default=1), work.scan.longest_own
+    return work.longest_prompt, work.longest_prompt
 
 
 def _typical_rates() -> dict[str, Any]:

@@ -23,7 +23,8 @@ from flexbatch.records import Prompt
 from flexbatch.stages.model import Model
 from flexbatch.validation import refuse_unused
 
-SCANNED_ROWS = 4096  # jobs up to this long are read once before they start, for the plan
+SCANNED_ROWS = 32768
+"""Jobs up to this long are read once before they start, for the plan: it then knows the longest prompt."""
 BUILD_ROWS = 256  # rows rendered and tokenized in one call
 
 # Options that a job of scenarios does read, of the groups that its scenarios otherwise decide.
@@ -85,16 +86,16 @@ class Work:
         """Reads ahead for the plan: all prompts of a job of moderate length, the first windows of a longer one."""
         complete = self.total is not None and self.total <= SCANNED_ROWS
         rows = SCANNED_ROWS if complete else min(SCANNED_ROWS, 2 * self.window)
-        seen = [item.prompt for item in itertools.islice(self.placed(), rows)]
-        fit = [prompt for prompt in seen if not prompt.error]
-        return Scan(
-            lengths=tuple(len(prompt.token_ids) for prompt in fit),
-            new=tuple(1 if prompt.score_tokens else prompt.sampling.max_new_tokens for prompt in fit),
-            shared=tuple(prompt.shared_tokens for prompt in fit),
-            groups=len({prompt.token_ids[: prompt.shared_tokens] for prompt in fit if prompt.shared_tokens}),
-            longest_own=max((len(prompt.token_ids) - prompt.shared_tokens for prompt in fit), default=1),
-            complete=complete,
-        )
+        lengths, new, shared, groups = list[int](), list[int](), list[int](), set[int]()
+        for item in itertools.islice(self.placed(), rows):
+            prompt = item.prompt
+            if not prompt.error:
+                lengths.append(len(prompt.token_ids))
+                new.append(1 if prompt.score_tokens else prompt.sampling.max_new_tokens)
+                shared.append(prompt.shared_tokens)
+                groups |= {hash(prompt.token_ids[: prompt.shared_tokens])} if prompt.shared_tokens else set()
+        longest_own = max((length - part for length, part in zip(lengths, shared, strict=True)), default=1)
+        return Scan(tuple(lengths), tuple(new), tuple(shared), len(groups), longest_own, complete)
 
 
 def describe_work(config: Config, model: Model) -> Work:
