@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexbatch.stages.work import SCANNED_ROWS
 from tests.pipeline.command_line import CommandLine, Finished
 from tests.pipeline.conftest import write_rows
 from tests.pipeline.jobs import output_rows, overrides, part_files
@@ -201,10 +202,12 @@ def test_a_job_of_which_every_row_fails_still_ends(
 def test_a_reader_that_fails_far_into_the_job_ends_it_and_loses_nothing(
     command_line: CommandLine, small_model: Path, tmp_path: Path
 ) -> None:
-    """The footer of the shard is whole, a page in its middle is not: nobody knows before it is read."""
+    """The footer of the shard is whole, a page in its middle is not: in a job that is not read through before it
+    starts nobody knows until it is read.
+    """
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "a.parquet"
-    table = pa.table({"text": [f"{number % 7} row {number}" for number in range(4200)]})
+    table = pa.table({"text": [f"{number % 7} row {number}" for number in range(SCANNED_ROWS + 1)]})
     pq.write_table(table, path, row_group_size=100, compression="none", use_dictionary=False)
     whole = path.read_bytes()
     place = whole.index(b"row 1600")
