@@ -93,14 +93,16 @@ class Session:
 
     def measure(self) -> dict[str, Any]:
         prompts = self._prompts()
-        limits = self._limits()
         searches = {peer: self._search(peer) for peer in self._config.bench.peers}
+        limits = [self._limits()]
         measured: dict[str, list[Outcome]] = {engine: [] for engine in (OWN, *searches)}
         for _ in range(self._config.bench.repeats):
             for engine, trial in self._turns(searches):
                 measured[engine].append(self._run(trial))
+                if engine == OWN:
+                    limits.append(self._limits())
         engines = tuple(self._engine_runs(engine, runs, searches.get(engine)) for engine, runs in measured.items())
-        comparison = Comparison(prompts, self._template.new_tokens, limits, engines, self._int8)
+        comparison = Comparison(prompts, self._template.new_tokens, tuple(limits), engines, self._int8)
         notes = (prompts.note, self._peer_note(), comparison.agreement())
         conditions = [*sorted(self._launcher.conditions), *filter(None, notes)]
         print_comparison(self._console, self._title(), comparison, conditions)
@@ -114,7 +116,7 @@ class Session:
             "new_tokens": self._template.new_tokens,
             "shared_tokens": prompts.shared_tokens,
             "conditions": conditions,
-            "limits": dataclasses.asdict(limits),
+            "limits": [dataclasses.asdict(measurement) for measurement in limits],
             "engines": comparison.record(),
         }
 

@@ -39,7 +39,13 @@ def print_comparison(console: Console, title: str, comparison: Comparison, condi
         for outcome in engine.tried if not engine.error else ():
             what = outcome.error or f"{outcome.rate:.2f} tokens/s"
             console.print(f"  {engine.engine}, batch {outcome.batch}: {what}", markup=False, highlight=False)
-    console.print(rates_line(comparison.limits), highlight=False)
+    for place, limits in enumerate(comparison.limits):
+        when = f"after flexbatch's run {place}" if place else "before"
+        console.print(f"measured {when}: {rates_line(limits)}", highlight=False)
+    own = next((engine for engine in comparison.engines if engine.engine == OWN), None)
+    if own is not None and own.runs and not own.error:
+        fastest = comparison.median_shares(own).fastest_roofline
+        console.print(f"of its roofline by the fastest of these measurements: {fastest:.0%}", highlight=False)
     for condition in conditions:
         console.print(condition, markup=False, highlight=False)
 
@@ -47,15 +53,15 @@ def print_comparison(console: Console, title: str, comparison: Comparison, condi
 def _cells(engine: EngineRuns, comparison: Comparison) -> list[str]:
     run = engine.runs[0]
     ratio = comparison.ratio(engine)
-    roofline, arithmetic = comparison.shares(run)
+    shares = comparison.median_shares(engine)
     return [
         engine.engine,
         str(run.batch),
         str(run.rows),
         f"{engine.rate:.2f}",
         "" if engine.engine == OWN or ratio is None else f"{ratio:.2f}x",
-        f"{roofline:.0%}",
-        f"{arithmetic:.0%}",
+        f"{shares.roofline:.0%}",
+        f"{shares.arithmetic:.0%}",
         f"{engine.peak / GIB:.2f}",
         f"{run.read_bytes / 1e9:.1f}",
     ]
@@ -64,7 +70,7 @@ def _cells(engine: EngineRuns, comparison: Comparison) -> list[str]:
 def rates_line(limits: MachineLimits) -> str:
     gemm = ", ".join(f"{rate / 1e9:.0f} at {rows}" for rows, rate in sorted(limits.gemm.items()))
     return (
-        f"measured in this run: matrix products {gemm} rows (GFLOP/s); disk {limits.disk_read / 1e9:.2f} GB/s direct; "
+        f"matrix products {gemm} rows (GFLOP/s); disk {limits.disk_read / 1e9:.2f} GB/s direct; "
         f"memory copy {limits.memory_copy / 1e9:.1f} GB/s"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,8 +57,23 @@ def test_ratios_are_medians_of_neighbouring_runs() -> None:
         return EngineRuns(engine, tuple(made))
 
     peer = runs("accelerate", 4.0, 9.0, 2.0)
-    comparison = Comparison(prompts, 4, LIMITS, (runs("flexbatch", 1.0, 1.0, 1.0), peer))
+    comparison = Comparison(prompts, 4, (LIMITS,) * 4, (runs("flexbatch", 1.0, 1.0, 1.0), peer))
     assert comparison.ratio(peer) == 4.0
     failed = EngineRuns("transformers", (Outcome("transformers", error="no room"),))
     assert comparison.ratio(failed) is None
     assert {entry["engine"] for entry in comparison.record()} == {"flexbatch", "accelerate"}
+
+
+def test_a_run_is_held_against_the_machine_as_it_was_before_and_after() -> None:
+    slow = replace(LIMITS, gemm={rows: rate / 3 for rows, rate in LIMITS.gemm.items()})
+    prompts = Prompts((tuple(range(100)),))
+    least = arithmetic_seconds(LIMITS, work_of(LIMITS, [100], 1), 1)
+    made = tuple(Outcome("flexbatch", rows=1, batch=1, tokens=1, seconds=4 * least) for _ in range(2))
+    comparison = Comparison(prompts, 1, (LIMITS, slow, slow), (EngineRuns("flexbatch", made),))
+    first, second = (comparison.shares(repeat, run) for repeat, run in enumerate(made))
+    assert first.roofline == pytest.approx(0.5)
+    assert second.roofline == pytest.approx(0.75)
+    assert first.fastest_roofline == second.fastest_roofline == pytest.approx(0.25)
+    (entry,) = comparison.record()
+    assert entry["share_of_roofline"] == pytest.approx(0.625)
+    assert entry["share_of_fastest_roofline"] == pytest.approx(0.25)
