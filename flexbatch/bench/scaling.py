@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -42,28 +43,39 @@ WORDS = (
 
 
 def measure_scaling(config: Config, console: Console) -> list[dict[str, Any]]:
-    """A job for each of `bench.row_counts`, smallest first, each in a process and an output folder of its own."""
+    """A job for each of `bench.row_counts`, each in a process and an output folder of its own, smallest first, and the
+    same again `bench.repeats` times: a machine that others share is not the same from one job to the next."""
+    counts = sorted(set(config.bench.row_counts))
+    runs: dict[int, list[tuple[float, int]]] = {rows: [] for rows in counts}
+    for _ in range(config.bench.repeats):
+        with tempfile.TemporaryDirectory(prefix="flexbatch-bench-") as folder:
+            for rows in counts:
+                with console.status(f"{rows} rows"):
+                    runs[rows].append(_run_job(config, Path(folder), rows))
+    return summary(runs)
+
+
+def summary(runs: Mapping[int, Sequence[tuple[float, int]]]) -> list[dict[str, Any]]:
+    """Of seconds and peak bytes of every run, by rows: the median of the times, the highest of the peaks."""
     made: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="flexbatch-bench-") as folder:
-        for rows in sorted(config.bench.row_counts):
-            with console.status(f"{rows} rows"):
-                seconds, peak = _run_job(config, Path(folder), rows)
-            before = made[-1] if made else None
-            made.append(
-                {
-                    "rows": rows,
-                    "seconds": seconds,
-                    "milliseconds_per_row": 1000 * seconds / rows,
-                    "milliseconds_per_further_row": further(before, rows, seconds),
-                    "peak_resident_bytes": peak,
-                }
-            )
+    for rows, measured in sorted(runs.items()):
+        seconds = [each for each, _ in measured]
+        made.append(
+            {
+                "rows": rows,
+                "seconds": median(seconds),
+                "all_seconds": seconds,
+                "milliseconds_per_row": 1000 * median(seconds) / rows,
+                "milliseconds_per_further_row": further(made[-1] if made else None, rows, median(seconds)),
+                "peak_resident_bytes": max(peak for _, peak in measured),
+            }
+        )
     return made
 
 
 def further(before: dict[str, Any] | None, rows: int, seconds: float) -> float | None:
     """Milliseconds for each row more than the run before had: what a row costs without the job's fixed start."""
-    if before is None or rows == before["rows"]:
+    if before is None:
         return None
     return float(1000 * (seconds - before["seconds"]) / (rows - before["rows"]))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexbatch.bench.command import model_folder
-from flexbatch.bench.scaling import further, write_rows
+from flexbatch.bench.scaling import further, summary, write_rows
 from flexbatch.composition import load_config
 from flexbatch.errors import ConfigError
 from tests.bench.support import FIELDS
@@ -77,6 +77,13 @@ def test_models_of_different_shape_or_type_get_different_folders() -> None:
 def test_a_further_row_costs_what_the_longer_run_took_more() -> None:
     assert further({"rows": 100, "seconds": 2.0}, 300, 3.0) == pytest.approx(5.0)
     assert further(None, 300, 3.0) is None
+
+
+def test_a_scaling_run_is_the_median_of_its_repeats_and_the_highest_of_their_peaks() -> None:
+    small, large = summary({300: [(3.0, 7), (9.0, 5), (4.0, 6)], 100: [(2.0, 1), (1.0, 1), (3.0, 1)]})
+    assert (small["rows"], small["seconds"]) == (100, 2.0)
+    assert (large["seconds"], large["peak_resident_bytes"]) == (4.0, 7)
+    assert large["milliseconds_per_further_row"] == pytest.approx(10.0)
 
 
 def test_rows_are_the_same_each_time(tmp_path: Path) -> None:
