@@ -47,7 +47,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     out = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
     offset = np.zeros(len(weight), np.float32) if bias is None else bias.float().numpy()
     right = bits(weight), _block(len(weight)), offset
-    _multiply(_pack_floats, _multiply_floats, bits(rows), right, rows.shape[1], np.float32, bits(out))
+    _multiply(_pack_floats, _multiply_floats, bits(rows), right, rows.shape[1], torch.float32, bits(out))
     return out
 
 
@@ -55,7 +55,7 @@ def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`values` int8 `[rows, in]` times `weight` int8 `[out, in]`, both contiguous: exact, int32 `[rows, out]`."""
     out = torch.empty(len(values), len(weight), dtype=torch.int32)
     right = weight.numpy(), _block(len(weight))
-    _multiply(_pack_pairs, _multiply_pairs, values.numpy(), right, -(-values.shape[1] // 2), np.int32, out.numpy())
+    _multiply(_pack_pairs, _multiply_pairs, values.numpy(), right, -(-values.shape[1] // 2), torch.int32, out.numpy())
     return out
 
 
@@ -63,7 +63,8 @@ def _multiply(pack: Any, multiply: Any, left: Any, right: tuple[Any, ...], steps
     """All rows of `left`, packed to panels of `steps` steps, times `right`, into `out`."""
     for chunk in _chunks(len(left), steps):
         rows = left[chunk]
-        panels = np.empty(_panels(len(rows)) * steps * PANEL, number)
+        # torch's memory begins at a line of the cache: vectors that cross into a second one take longer.
+        panels = torch.empty(_panels(len(rows)) * steps * PANEL, dtype=number).numpy()
         share_out(pack, rows, panels, operations=PACKING * panels.size)
         share_out(multiply, *right, panels, out[chunk], operations=out.shape[1] * panels.size)
 

@@ -33,6 +33,9 @@ TILE = 6
 """Rows of the right matrix at a time: with them twelve registers hold sums, as many as two units keep busy."""
 NARROW_TILE = VECTORS * TILE
 """The same where only the first vector of a panel has rows."""
+UNROLLED = 8
+"""Steps of floats to a turn of the loop: where another tenant has half of the core, time goes by instructions, and those
+that count are a tenth. Of integers LLVM would add up several steps first, for which there are not enough registers."""
 
 INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -48,7 +51,7 @@ def add_pairs(builder: Any, sums: Any, ours: Any, theirs: Any) -> Any:
     return builder.add(sums, builder.call(products, pairs))
 
 
-def _tile(kind: Any, add: Any, many: int, vectors: int) -> Any:
+def _tile(kind: Any, add: Any, many: int, vectors: int, *, together: int = 1) -> Any:
     """The intrinsic that adds `steps` products to sums of `many` rows of the right matrix and `vectors` vectors of the
     left one's, `PANEL` from row to row, from index `to` of `out` on.
 
@@ -75,7 +78,8 @@ def _tile(kind: Any, add: Any, many: int, vectors: int) -> Any:
                 for so_far, (row, vector) in zip(sums, places, strict=True)
             ]
 
-        for target, value in zip(targets, accumulated(builder, steps, starts, next_sums), strict=True):
+        sums = accumulated(builder, steps, starts, next_sums, together=together)
+        for target, value in zip(targets, sums, strict=True):
             put(builder, out, target, value)
         return context.get_dummy_value()
 
@@ -87,9 +91,9 @@ def _tile(kind: Any, add: Any, many: int, vectors: int) -> Any:
     return intrinsic(tile)
 
 
-float_tile: Any = _tile(FLOATS, add_floats, TILE, VECTORS)
+float_tile: Any = _tile(FLOATS, add_floats, TILE, VECTORS, together=UNROLLED)
 """Of float32 `right`, `left` and `out`: a * b + c, rounded once a step."""
-narrow_float_tile: Any = _tile(FLOATS, add_floats, NARROW_TILE, 1)
+narrow_float_tile: Any = _tile(FLOATS, add_floats, NARROW_TILE, 1, together=UNROLLED)
 pair_tile: Any = _tile(INTEGERS, add_pairs, TILE, VECTORS)
 """Of int32 `right` and `left`, each two int16, and int32 `out`: exact."""
 narrow_pair_tile: Any = _tile(INTEGERS, add_pairs, NARROW_TILE, 1)

@@ -98,20 +98,44 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(fused, [a, b, c])
 
 
-def accumulated(builder: Any, steps: Any, starts: Sequence[Any], add: Callable[[Any, list[Any]], list[Any]]) -> Any:
-    """Vectors that begin as `starts`, after `steps` steps, at least one: `add(step, vectors)` gives the next ones. They
-    stay in registers as far as there are."""
-    before, loop, end = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
-    builder.branch(loop)
-    builder.position_at_end(loop)
+def accumulated(
+    builder: Any,
+    steps: Any,
+    starts: Sequence[Any],
+    add: Callable[[Any, list[Any]], list[Any]],
+    *,
+    together: int = 1,
+) -> list[Any]:
+    """Vectors that begin as `starts`, after `steps` steps: `add(step, vectors)` gives the next ones. They stay in
+    registers as far as there are. `together` steps are one turn of the loop, the rest follow one by one."""
+    step, sums = INT64(0), list(starts)
+    for many in (together, 1) if together > 1 else (1,):
+        step, sums = _loop(builder, step, steps, sums, add, many)
+    return sums
+
+
+def _loop(
+    builder: Any, first: Any, end: Any, starts: list[Any], add: Callable[[Any, list[Any]], list[Any]], many: int
+) -> tuple[Any, list[Any]]:
+    """Takes `many` steps at a time, from `first` on, as long as there are as many up to `end`: where it stopped, and
+    the vectors."""
+    before = builder.block
+    test, body, done = (builder.append_basic_block(name) for name in ("test", "steps", "done"))
+    builder.branch(test)
+    builder.position_at_end(test)
     step, *sums = (builder.phi(kind) for kind in (INT64, *(start.type for start in starts)))
-    new, following = add(step, sums), builder.add(step, INT64(1))
-    for phi, start, value in zip((step, *sums), (INT64(0), *starts), (following, *new), strict=True):
+    following = builder.add(step, INT64(many))
+    builder.cbranch(builder.icmp_signed("<=", following, end), body, done)
+    builder.position_at_end(body)
+    new = list(sums)
+    for each in range(many):
+        new = add(builder.add(step, INT64(each)), new)
+    builder.branch(test)
+    for phi, start, value in zip((step, *sums), (first, *starts), (following, *new), strict=True):
         phi.add_incoming(start, before)
-        phi.add_incoming(value, loop)
-    builder.cbranch(builder.icmp_signed("<", following, steps), loop, end)
-    builder.position_at_end(end)
-    return new
+        phi.add_incoming(value, body)
+    builder.position_at_end(done)
+    return step, sums
 
 
 def _place(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
