@@ -34,8 +34,8 @@ TILE = 6
 NARROW_TILE = VECTORS * TILE
 """The same where only the first vector of a panel has rows."""
 UNROLLED = 8
-"""Steps of floats to a turn of the loop: where another tenant has half of the core, time goes by instructions, and those
-that count are a tenth. Of integers LLVM would add up several steps first, for which there are not enough registers."""
+"""Steps of floats to a turn of the loop: where another tenant has half of the core, time goes by instructions, and the
+loop's own are a tenth. Of integers LLVM would add up several steps first, for which there are not enough registers."""
 
 INTEGERS, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(ir.IntType(16), 2 * LANES)
