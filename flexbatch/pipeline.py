@@ -19,7 +19,6 @@ from flexbatch.interrupt import StopSignal
 from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
 from flexbatch.report.disk_watch import DiskWatch
-from flexbatch.report.html import write_report
 from flexbatch.report.outlook import outlook_of
 from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_record import plan_record
@@ -58,10 +57,16 @@ def run(config: Config, *, stop: StopSignal, overrides: Sequence[str] = ()) -> R
             announce(model, work, plan)
             _generate(config, model, work, plan, ledger, writer, stop)
         summary = summarize_run(folder, work, model, time.monotonic() - started)
-    write_report(folder)
+    _report(folder)
     closing = closing_lines(summary.outcome, invocation(), overrides)
     print_summary(summary.score_lines(), [*closing, *model.warnings])
     return summary
+
+
+def _report(folder: Path) -> None:
+    from flexbatch.report.html import write_report  # it draws with Matplotlib: 30 MB that a run needs for rows
+
+    write_report(folder)
 
 
 def plan(config: Config) -> Plan:

@@ -18,7 +18,7 @@ from flexbatch.engine.last_layer import narrow
 from flexbatch.engine.linear_layers import is_linear, use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
-from flexbatch.engine.packed_sources import block_sources, pack_sources, smaller_form
+from flexbatch.engine.packed_sources import block_sources, compress_sources, pack_sources, smaller_form
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.errors import CapacityError, OutputError
@@ -163,6 +163,8 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     if policy.weight_bits < 16 or integers:
         form = smaller_form(policy.weight_bits, integers)
         sources = pack_sources(stepped, sources, form, options.packed_folder, options.on_packing)
+    elif policy.compressed:
+        sources = compress_sources(stepped, sources, options.packed_folder, options.on_packing)
     elif policy.weights.device < 1 and options.blocked_file_bytes is not None:
         sources = _with_blocked_file(stepped, sources, options)
     if stepped.lays_side_by_side:

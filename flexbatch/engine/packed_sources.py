@@ -3,14 +3,14 @@
 The matrices of the decoder layers are packed; norms, biases, routers, embeddings and the head stay as they are. Packed
 to 8 or 4 bits they are dequantised once per pass into scratch buffers that all stops share, because one is in use at a
 time, or multiplied as they are by 8-bit integers (`offload.compute=int8`). Unquantised ones can be laid out as oneDNN
-multiplies them fastest (`BlockedLinear`).
+multiplies them fastest (`BlockedLinear`), and compressed without loss, to be expanded like packed ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from flexbatch.engine.experts import routers
 from flexbatch.engine.linear_layers import BlockedLinear, is_linear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
+from flexbatch.memory.compressed_weight import CompressedLayout, PlainLayout, compressed_layouts
 from flexbatch.memory.int8_linear import IntegerLayout, int8_layout, int8_linear
 from flexbatch.memory.packed_file import OnProgress, PackedTensor, holds_none, is_begun, open_packed
 from flexbatch.memory.packing import Layout
@@ -94,6 +95,22 @@ class QuantizedSource(PackedSource):
         )
 
 
+@dataclass
+class CompressedSource(PackedSource):
+    """A weight that is expanded to be used, with nothing lost: the matrix number `order` of its stop."""
+
+    order: int = 0
+    scratch: Scratch = field(default_factory=lambda: Scratch({}))
+
+    def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
+        assert self.packed is not None
+        layout = self.packed.layout
+        assert isinstance(layout, CompressedLayout)
+        out = self.scratch.get(self.order, (layout.numbers,), place)
+        layout.expand(tensors[self.packed.parts["records"].name], out)
+        place.module._parameters[place.name] = parameter(layout.weight(out))
+
+
 def pack_sources(
     stepped: SteppedModel,
     sources: Mapping[str, ParameterSource],
@@ -103,10 +120,7 @@ def pack_sources(
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
     made, chosen = dict(sources), _choose(stepped, sources, form)
-    sizes: dict[int, int] = {}
-    for each in chosen:
-        sizes[each.order] = max(sizes.get(each.order, 0), math.prod(each.stored.shape))
-    scratch = Scratch(sizes)
+    scratch = _scratch((each.order, math.prod(each.stored.shape)) for each in chosen)
     for each, packed in _opened(sources, chosen, cache_folder, on_progress):
         entries = list(packed.parts.values())
         if isinstance(packed.layout, QuantizedLayout):
@@ -139,6 +153,37 @@ def block_sources(
         for each, packed in _opened(sources, chosen, cache_folder, on_progress):
             made[each.name] = PackedSource(each.name, list(packed.parts.values()), packed=packed)
     return made
+
+
+def compress_sources(
+    stepped: SteppedModel,
+    sources: Mapping[str, ParameterSource],
+    cache_folder: Path,
+    on_progress: OnProgress | None = None,
+) -> dict[str, ParameterSource]:
+    """`sources` with the weights of the decoder layers' linear modules in a compressed file, as far as that makes them
+    smaller; makes the file if it is not there yet. CapacityError or OutputError where it cannot be made."""
+    chosen = _choose(stepped, sources, _compressible)
+    stored = {each.stored.name: each.stored for each in chosen}
+    inner = {each.stored.name: _laid_out(tuple(each.stored.shape), each.module) for each in chosen}
+    layouts = compressed_layouts(stored, inner, cache_folder, on_progress)
+    smaller = [replace(each, layout=layouts[each.stored.name]) for each in chosen if each.stored.name in layouts]
+    if not smaller:
+        return dict(sources)
+    scratch = _scratch((each.order, layouts[each.stored.name].numbers) for each in smaller)
+    made = dict(sources)
+    for each, packed in _opened(sources, smaller, cache_folder, on_progress):
+        entries = list(packed.parts.values())
+        made[each.name] = CompressedSource(each.name, entries, packed=packed, order=each.order, scratch=scratch)
+    return made
+
+
+def _scratch(sizes: Iterable[tuple[int, int]]) -> Scratch:
+    """Room for matrices by their number among their stop's, and their numbers."""
+    largest: dict[int, int] = {}
+    for order, size in sizes:
+        largest[order] = max(largest.get(order, 0), size)
+    return Scratch(largest)
 
 
 @dataclass(frozen=True)
@@ -223,3 +268,12 @@ def _smaller(entry: TensorEntry, module: nn.Module, *, weight_bits: int, integer
 
 def _blocked(entry: TensorEntry, module: nn.Module) -> Layout | None:
     return blocked_layout(tuple(entry.shape)) if isinstance(module, BlockedLinear) else None
+
+
+def _compressible(entry: TensorEntry, module: nn.Module) -> Layout | None:
+    return PlainLayout(tuple(entry.shape)) if is_linear(module) and len(entry.shape) == 2 else None
+
+
+def _laid_out(shape: tuple[int, ...], module: nn.Module) -> PlainLayout | BlockedLayout:
+    """How a linear module's bfloat16 weight lies when it is multiplied."""
+    return blocked_layout(shape) if isinstance(module, BlockedLinear) else PlainLayout(shape)

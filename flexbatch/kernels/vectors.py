@@ -70,14 +70,14 @@ def function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-def number(builder: Any, memory: Any, at: Any, kind: Any) -> Any:
+def number(builder: Any, memory: Any, at: Any, kind: Any, align: int = 4) -> Any:
     """What lies at index `at` of the numbers that `memory` points to, read as `kind`."""
-    return builder.load(_place(builder, memory, at, kind), align=4)
+    return builder.load(_place(builder, memory, at, kind), align=align)
 
 
-def put(builder: Any, memory: Any, at: Any, value: Any) -> None:
+def put(builder: Any, memory: Any, at: Any, value: Any, align: int = 4) -> None:
     """Writes a vector over the numbers from index `at` on."""
-    builder.store(value, _place(builder, memory, at, value.type), align=4)
+    builder.store(value, _place(builder, memory, at, value.type), align=align)
 
 
 def memory_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:

@@ -1,7 +1,8 @@
 """Weights of a checkpoint, quantised or laid out anew, in one safetensors file, made once and shared by runs.
 
 `open_packed` finds the file of a checkpoint, checks it, and makes it where it is missing, torn or stale. Tensor `name`
-becomes `name.q`, `name.scale` (and `name.minimum`), or `name.blocked`; the weight stream reads them like any others.
+becomes `name.q`, `name.scale` (and `name.minimum`), `name.blocked` or `name.records`; the weight stream reads them like
+any others.
 Files of a cache folder, all named for the source and the way of packing:
 
     KEY.safetensors           the packed weights; only ever a whole file
@@ -17,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ def open_packed(
     CapacityError if the disk has no room, ModelError if the checkpoint does not have a tensor in that shape.
     """
     sources = _sources(index, layouts)
-    source = _identity(sources, layouts)
-    stem = cache_folder / _key(sources, layouts)
+    source = identity(sources, layouts)
+    stem = cache_folder / packed_key(sources, layouts)
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
         with _locked(stem.with_suffix(".lock")):
@@ -83,7 +84,7 @@ def holds_none(cache_folder: Path) -> bool:
 
 def is_begun(index: SafetensorsIndex, layouts: Mapping[str, Layout], cache_folder: Path) -> bool:
     """Whether the file that `open_packed` would look for has its room already: it is there, or a part of it."""
-    stem = cache_folder / _key(_sources(index, layouts), layouts)
+    stem = cache_folder / packed_key(_sources(index, layouts), layouts)
     return any(stem.with_suffix(suffix).exists() for suffix in (".safetensors", ".partial"))
 
 
@@ -100,12 +101,11 @@ def _sources(index: SafetensorsIndex, layouts: Mapping[str, Layout]) -> dict[str
     return {name: entry for name, entry in index.entries.items() if name in layouts}
 
 
-def _identity(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+def identity(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> dict[str, Any]:
     """What the packed file is made from, and how; a change of it makes the file stale."""
-    files = {str(entry.file.resolve()): entry.file.stat() for entry in sources.values()}
     return {
         "format": FORMAT_VERSION,
-        "files": {name: [status.st_size, status.st_mtime_ns] for name, status in sorted(files.items())},
+        "files": file_states(sources.values()),
         "tensors": {
             name: [str(entry.file.resolve()), entry.offset, entry.dtype, repr(layouts[name])]
             for name, entry in sources.items()
@@ -113,8 +113,15 @@ def _identity(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout])
     }
 
 
-def _key(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> str:
-    """The file's name: the same for a source that has changed, so that a stale file is replaced, not left behind."""
+def file_states(entries: Iterable[TensorEntry]) -> dict[str, list[int]]:
+    """Size and time of change of every file that holds them, by its path."""
+    files = {str(entry.file.resolve()): entry.file.stat() for entry in entries}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in sorted(files.items())}
+
+
+def packed_key(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) -> str:
+    """The file's name without its suffix: the same for a source that has changed, so that a stale file is replaced, not
+    left behind."""
     parts = [[name, str(entry.file.resolve()), repr(layouts[name])] for name, entry in sources.items()]
     return PREFIX + hashlib.sha256(json.dumps([FORMAT_VERSION, parts]).encode()).hexdigest()[:24]
 

@@ -27,7 +27,7 @@ JOURNAL_BYTES = 256 << 20
 
 
 class Layout(Protocol):
-    """How one weight is packed: `QuantizedLayout`, an `IntegerLayout` or `BlockedLayout`."""
+    """How one weight is packed: `QuantizedLayout`, an `IntegerLayout`, `BlockedLayout` or `CompressedLayout`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -91,7 +91,7 @@ class Packer:
             return
         checksums = {part: 0 for part, _, _ in self._layouts[name].parts}
         places = {part: self._places[f"{name}.{part}"].offset for part in checksums}
-        for piece in _pieces(self._sources[name], self._layouts[name], self._reader):
+        for piece in pieces(self._sources[name], self._layouts[name], self._reader):
             for part, packed in zip(checksums, self._layouts[name].pack(piece), strict=True):
                 raw = packed.contiguous().view(-1).view(torch.uint8).numpy().data
                 _write_at(self._descriptor, raw, places[part])
@@ -171,7 +171,7 @@ def _header(
     return struct.pack("<Q", len(raw)) + raw, places, start + position
 
 
-def _pieces(entry: TensorEntry, layout: Layout, reader: BufferedReader) -> Iterator[torch.Tensor]:
+def pieces(entry: TensorEntry, layout: Layout, reader: BufferedReader) -> Iterator[torch.Tensor]:
     """The source tensor, whole or in slices of its first dimension where rows are packed one by one."""
     row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
     independent = len(entry.shape) > layout.together

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.model_spec import INTEGERS, ModelSpec
+from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, span
@@ -51,6 +51,8 @@ def number_bytes(spec: ModelSpec) -> int:
 
 def weight_form(policy: Policy) -> int:
     """The bits that weights are kept and moved in."""
+    if policy.compressed:
+        return COMPRESSED
     return INTEGERS if policy.compute == "int8" else policy.weight_bits
 
 

@@ -21,6 +21,12 @@ GROUP_BYTES = 4
 INTEGERS = 0
 INTEGER_ROW = 1024
 
+# "Bits" of bfloat16 weights in a lossless copy, which smaller matrices than this are not part of.
+COMPRESSED = -1
+SMALLEST_COMPRESSED = 1 << 16
+
+BFLOAT_BYTES = 2
+
 # The KV cache is quantised in groups of at most 32 numbers, again with a scale and a minimum of two bytes.
 LARGEST_KV_GROUP = 32
 
@@ -109,6 +115,9 @@ class ModelSpec:
     hidden state once for each output row (an embedding only gathers). `stored_dtype` is the checkpoint's number format,
     `compute_dtype` the one that the maths runs in. `hidden_size` is the width between layers, `intermediate_size` the
     widest inner activation. `side_by_side` says that a pass's prompts and decode rows go through the matrices together.
+
+    Of the bytes of the layers' matrices in bfloat16 a lossless copy takes `compressed_share` (1: there is none to be
+    had); `has_compressed_file` says that it was made before.
     """
 
     name: str
@@ -124,6 +133,8 @@ class ModelSpec:
     side_by_side: bool = False
     stored_dtype: str = "bfloat16"
     compute_dtype: str = "bfloat16"
+    compressed_share: float = 1.0
+    has_compressed_file: bool = False
 
     @property
     def dtype_bytes(self) -> int:
@@ -151,6 +162,9 @@ class ModelSpec:
         """Bytes of a layer's tensor: a matrix packed to `bits` (16: as stored), anything else as stored."""
         if bits == 16 or not is_matrix:
             return numbers * self.dtype_bytes
+        if bits == COMPRESSED:
+            share = self.compressed_share if numbers >= SMALLEST_COMPRESSED else 1.0
+            return round(BFLOAT_BYTES * numbers * share)
         if bits == INTEGERS:
             return numbers + 8 * -(-numbers // INTEGER_ROW)
         return packed_bytes(numbers, bits, QUANTIZATION_GROUP)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.plan.compressed_file import is_worth, may_compress
 from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
@@ -40,19 +41,29 @@ def choose_policy(
     exceed the rows. Raises `CapacityError` that names the limit and the smallest change that makes the run feasible.
     """
     check_formats(spec, hardware, offload)
+    base = base_policy(offload)
+    best = _best(spec, hardware, workload, offload, base)
+    if best.policy.weights.disk > 0 and may_compress(spec, hardware, offload):
+        compressed = _best(spec, hardware, workload, offload, replace(base, compressed=True))
+        if is_worth(offload.compressed_file, spec, hardware, compressed, best):
+            best = compressed
+    return best.policy, best
+
+
+def _best(
+    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, base: Policy
+) -> Prediction:
+    """The fastest policy of `base`'s form inside the limits."""
     limits = limits_of(hardware, offload)
-    candidates = (
-        _manual(spec, hardware, workload, offload, limits)
-        if offload.policy == "manual"
-        else _automatic(spec, hardware, workload, offload, limits)
-    )
+    search = _manual if offload.policy == "manual" else _automatic
+    candidates = search(spec, hardware, workload, offload, limits, base)
     feasible = [made for made in candidates if limits.exceeded(made.peak) is None]
     if not feasible:
         raise infeasible(spec, hardware, workload, offload, limits)
     best = pick(feasible)
     if offload.policy == "auto" and offload.slots == "auto":
         best = _modest(spec, hardware, workload, best)
-    return best.policy, best
+    return best
 
 
 def frontier(
@@ -100,10 +111,14 @@ def check_formats(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadCo
 
 
 def _automatic(
-    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    offload: OffloadConfig,
+    limits: Limits,
+    base: Policy,
 ) -> Iterator[Prediction]:
     """The linear program's best candidates, rounded and predicted: a coarse search, then a fine one around its best."""
-    base = base_policy(offload)
     forms = [replace(base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
     coarse = [
@@ -191,11 +206,16 @@ def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad
 
 
 def _manual(
-    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    offload: OffloadConfig,
+    limits: Limits,
+    base: Policy,
 ) -> Iterator[Prediction]:
     """The user's shares, with every slots and prefill that he left open."""
     weights, kv, hidden = Policy.percent_shares(list(offload.percent))
-    base = replace(base_policy(offload), weights=weights, kv=kv, hidden=hidden)
+    base = replace(base, weights=weights, kv=kv, hidden=hidden)
     for policy in enumerated(workload, offload, base, slot_counts(workload, offload)):
         if fits(spec, hardware, workload, policy, limits):
             yield predict(spec, hardware, workload, policy)

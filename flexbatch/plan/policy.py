@@ -48,6 +48,7 @@ class Policy:
 
     `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (see `admission.Admission`);
     `prefetch_bytes` bounds the weights that are on their way or wait on the device (0: see `placement.stream_bytes`).
+    With `compressed` the layers' matrices are kept and moved in fewer bytes, without loss.
     """
 
     weights: Shares = ALL_DEVICE
@@ -61,6 +62,7 @@ class Policy:
     prefix_sharing: bool = True
     host_attention: bool = False
     prefetch_bytes: int = 0
+    compressed: bool = False
 
     @property
     def shortest_part(self) -> int:

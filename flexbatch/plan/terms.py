@@ -17,7 +17,7 @@ from flexbatch.plan.memory_need import (
     streamable_bytes,
     weight_form,
 )
-from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.workload import PassLoad, Workload
 
@@ -161,9 +161,15 @@ def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy, kep
     elif from_host:
         yield Term("weights copied", Resource.COMPUTE, from_host / hardware.memory_copy, from_host, "bytes")
     form = weight_form(policy)
-    if form in (8, 4):
+    if form in (8, 4, COMPRESSED):  # whatever they are expanded from, it is the memory that takes the time
         numbers = spec.packed_numbers
-        yield Term("dequantise", Resource.COMPUTE, numbers / hardware.dequantize_numbers, numbers, "numbers")
+        yield Term(
+            "dequantise" if form > 0 else "expand weights",
+            Resource.COMPUTE,
+            numbers / hardware.dequantize_numbers,
+            numbers,
+            "numbers",
+        )
     elif form == 16 and spec.stored_dtype != spec.compute_dtype and streamed:
         yield Term("convert weights", Resource.COMPUTE, streamed / hardware.memory_copy, streamed, "bytes")
 

@@ -52,9 +52,10 @@ def plan_lines(plan: Plan, advice: Sequence[Advice] = ()) -> list[str]:
     policy = made.policy
     weights, kv = gibibytes(spec.weight_bytes(weight_form(policy))), gibibytes(spec.kv_bytes_per_token(policy.kv_bits))
     bits = "" if policy.weight_bits == 16 else f" in {policy.weight_bits} bits"
+    compressed = f" (compressed to {100 * spec.compressed_share:.0f} %)" if policy.compressed else ""
     return [
         f"Model    {spec.name}: {spec.parameters / 1e9:.3g}B parameters, {weights}{bits}; KV cache {kv} per token",
-        f"Lives    weights {shares_text(policy.weights)}; KV cache {shares_text(policy.kv)}; "
+        f"Lives    weights {shares_text(policy.weights)}{compressed}; KV cache {shares_text(policy.kv)}; "
         f"hidden states {shares_text(policy.hidden)}",
         f"Runs     {policy.slots} rows in flight, {policy.prefill_tokens} prompt tokens per pass; "
         + ", ".join(_use(plan, tier) for tier in Tier if made.peak[tier] and plan.limits.of(tier)),

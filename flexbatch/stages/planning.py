@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from flexbatch.composition import bundled
 from flexbatch.config import Config
 from flexbatch.engine.calibration import familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
+from flexbatch.memory.compressed_weight import estimated_share, has_compressed
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.workload import Workload
-from flexbatch.report.frontier import write_frontier
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
@@ -41,7 +42,7 @@ def plan_run(config: Config, model: Model, work: Work) -> Plan:
 
 def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Plan:
     """With `measure` the machine is measured if it was not before; otherwise only where the figures matter."""
-    spec = model_spec(model)
+    spec = with_compression(model_spec(model), config, model)
     hardware = describe_hardware(config, model, spec, measure=measure)
     if config.hardware.profile and config.model.dtype == "auto":
         usual = usual_dtype(spec, hardware)
@@ -72,6 +73,15 @@ def model_spec(model: Model) -> ModelSpec:
     return spec_from_config(model.config, model.found.name, stored, compute)
 
 
+def with_compression(spec: ModelSpec, config: Config, model: Model) -> ModelSpec:
+    """The model with what a compressed copy of its weights would take, where they are here."""
+    if model.found.index is None or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return spec
+    entries = list(model.found.index.entries.values())
+    there = has_compressed(entries, Path(config.model.cache_dir).expanduser() / "packed")
+    return replace(spec, compressed_share=estimated_share(entries), has_compressed_file=there)
+
+
 def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:
     """What `model.dtype=auto` means on another machine: the stored type, or the nearest that it computes in."""
     return next((kind for kind in (spec.compute_dtype, *HALF) if kind in hardware.gemm), spec.compute_dtype)
@@ -93,6 +103,8 @@ def describe_hardware(config: Config, model: Model, spec: ModelSpec, *, measure:
 
 def draw_frontier(config: Config, plan: Plan, folder: Path) -> Path:
     """A picture of speed against latency for rising slots, in the output folder."""
+    from flexbatch.report.frontier import write_frontier  # it draws with Matplotlib: 30 MB that a run needs for rows
+
     predictions = frontier(plan.spec, plan.hardware, plan.workload, config.offload)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "frontier.png"

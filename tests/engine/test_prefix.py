@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flexbatch.engine.attention import attend, attend_prefix, merge, merging_attention
@@ -30,6 +32,8 @@ MERGING = {
     "gemma",
     "phi",
 }
+if Version(transformers.__version__) >= Version("5.24"):
+    MERGING |= {"codegen", "gptj"}  # their attention goes through Transformers' interface since then
 
 
 def requests(seed: int = 3) -> list[Request]:

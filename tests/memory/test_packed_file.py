@@ -56,13 +56,13 @@ def data_file(cache: Path) -> Path:
 def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tensors whose source is read, as it happens."""
     names: list[str] = []
-    real = packing._pieces
+    real = packing.pieces
 
     def pieces(entry: object, *rest: object) -> object:
         names.append(entry.name)  # type: ignore[attr-defined]
         return real(entry, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(packing, "_pieces", pieces)
+    monkeypatch.setattr(packing, "pieces", pieces)
     return names
 
 

@@ -1,0 +1,206 @@
+"""Weights in bfloat16 that take 0.7 of their bytes and lose nothing; expanded just before they are multiplied
+(`kernels/exponent_codes.py`).
+
+How many exceptions a record has room for depends on the numbers, so a weight is looked through before it is packed;
+what was found is kept beside the packed files, for as long as the checkpoint's files stay what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexbatch.kernels.exponent_codes import CHUNK, compress, expand, most_exceptions, record_bytes
+from flexbatch.memory.blocked_weight import BlockedLayout
+from flexbatch.memory.direct_io import BufferedReader
+from flexbatch.memory.packed_file import OnProgress, file_states, identity, packed_key
+from flexbatch.memory.packing import pieces
+from flexbatch.memory.safetensors_header import TensorEntry
+
+PREFIX = "exceptions-"
+NUMBER_BYTES = torch.bfloat16.itemsize
+CHUNK_BYTES = CHUNK * NUMBER_BYTES
+LARGEST_SHARE = 0.9
+"""Of its own bytes: a weight of which more is left stays as it is."""
+SAMPLES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayout:
+    """A weight `[out, in]` in bfloat16 as it is."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def together(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * NUMBER_BYTES
+
+    @property
+    def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+        return (("plain", torch.bfloat16, self.shape),)
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor.to(torch.bfloat16),)
+
+    def weight(self, stored: torch.Tensor) -> torch.Tensor:
+        """The weight over its bytes, uint8 `[nbytes]`."""
+        return stored.view(torch.bfloat16).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedLayout:
+    """How the bytes of a weight in another layout are kept: records with room for so many exceptions."""
+
+    inner: PlainLayout | BlockedLayout
+    exceptions: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def together(self) -> int:
+        """The whole weight is packed at once."""
+        return len(self.shape)
+
+    @property
+    def numbers(self) -> int:
+        """Of the weight as it is multiplied."""
+        return self.inner.nbytes // NUMBER_BYTES
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.numbers // CHUNK)
+
+    @property
+    def share(self) -> float:
+        """Of the weight's bytes, what is kept."""
+        return self.chunks * record_bytes(self.exceptions) / self.inner.nbytes
+
+    @property
+    def parts(self) -> tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]:
+        """Name, dtype and shape of each stored tensor."""
+        return (("records", torch.uint8, (self.chunks, record_bytes(self.exceptions))),)
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The `parts` of a weight of this shape."""
+        return (compress(_chunked(self.inner, tensor), self.exceptions),)
+
+    def expand(self, records: torch.Tensor, out: torch.Tensor) -> None:
+        """Stored records to the weight's `numbers`, bfloat16."""
+        whole = self.numbers // CHUNK
+        expand(records[:whole], self.exceptions, out[: whole * CHUNK].view(whole, CHUNK))
+        if whole < self.chunks:
+            last = torch.empty(1, CHUNK, dtype=torch.bfloat16)
+            expand(records[whole:], self.exceptions, last)
+            out[whole * CHUNK :].copy_(last[0, : self.numbers - whole * CHUNK])
+
+    def weight(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weight for a product over its expanded numbers, which must outlive it."""
+        return self.inner.weight(numbers.view(torch.uint8))
+
+
+Inner = Mapping[str, PlainLayout | BlockedLayout]
+
+
+def compressed_layouts(
+    sources: Mapping[str, TensorEntry], inner: Inner, cache_folder: Path, on_progress: OnProgress | None = None
+) -> dict[str, CompressedLayout]:
+    """The layouts of those of `sources` that compression makes smaller, from their numbers in the `inner` layouts."""
+    file, source = cache_folder / f"{PREFIX}{packed_key(sources, inner)}.json", identity(sources, inner)
+    known = _record(file)
+    if known.get("source") == source:
+        return _smaller(inner, known["exceptions"])
+    found = _looked_through(sources, inner, on_progress)
+    layouts = _smaller(inner, found)
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    copy = packed_key({name: sources[name] for name in layouts}, layouts)
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps({"source": source, "exceptions": found, "copy": copy}))
+    aside.replace(file)
+    return layouts
+
+
+def has_compressed(entries: Sequence[TensorEntry], cache_folder: Path) -> bool:
+    """Whether a compressed file was made before from the files of these stored tensors, as they are now."""
+    files = file_states(entries)
+    for record in map(_record, cache_folder.glob(f"{PREFIX}*.json")):
+        made_of = record.get("source", {}).get("files", {})
+        is_there = (cache_folder / f"{record.get('copy')}.safetensors").exists()
+        if is_there and made_of and made_of.items() <= files.items():
+            return True
+    return False
+
+
+def estimated_share(entries: Sequence[TensorEntry]) -> float:
+    """What compression would leave of the bytes of matrices in bfloat16, seen on a few pieces of them; 1 where it is
+    not worth it, or nothing can be read."""
+    large = [entry for entry in entries if len(entry.shape) == 2 and math.prod(entry.shape) >= CHUNK]
+    floats = [entry for entry in large if entry.torch_dtype.is_floating_point]
+    every = max(1, len(floats) // SAMPLES)
+    try:
+        most = max((most_exceptions(_sample(entry)) for entry in floats[::every]), default=CHUNK)
+    except (OSError, ValueError):
+        return 1.0
+    share = record_bytes(most) / CHUNK_BYTES
+    return share if share <= LARGEST_SHARE else 1.0
+
+
+def _sample(entry: TensorEntry) -> torch.Tensor:
+    """The chunk in the middle of a stored matrix, bfloat16 `[1, CHUNK]`."""
+    size = entry.torch_dtype.itemsize
+    first = (math.prod(entry.shape) - CHUNK) // 2
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset + first * size)
+        raw = torch.frombuffer(bytearray(stream.read(CHUNK * size)), dtype=entry.torch_dtype)
+    return raw.to(torch.bfloat16).view(1, CHUNK)
+
+
+def _smaller(inner: Inner, exceptions: Mapping[str, int]) -> dict[str, CompressedLayout]:
+    layouts = {name: CompressedLayout(inner[name], count) for name, count in exceptions.items()}
+    return {name: layout for name, layout in layouts.items() if layout.share <= LARGEST_SHARE}
+
+
+def _looked_through(sources: Mapping[str, TensorEntry], inner: Inner, on_progress: OnProgress | None) -> dict[str, int]:
+    """The most exceptions that any chunk of each weight has."""
+    found, done, total = {}, 0, sum(entry.nbytes for entry in sources.values())
+    reader = BufferedReader()
+    try:
+        for name, entry in sources.items():
+            (tensor,) = pieces(entry, inner[name], reader)
+            found[name] = most_exceptions(_chunked(inner[name], tensor))
+            done += entry.nbytes
+            if on_progress is not None:
+                on_progress(done, total)
+    finally:
+        reader.close()
+    return found
+
+
+def _chunked(inner: PlainLayout | BlockedLayout, tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a weight as they lie in the inner layout, bfloat16 `[chunks, CHUNK]`; the last is repeated."""
+    (packed,) = inner.pack(tensor)
+    numbers = packed.contiguous().view(-1).view(torch.bfloat16)
+    missing = -len(numbers) % CHUNK
+    if missing:
+        numbers = torch.cat([numbers, numbers[-1:].expand(missing)])
+    return numbers.view(-1, CHUNK)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What was found before; nothing where the file is not there, or torn."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

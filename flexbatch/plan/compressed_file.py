@@ -1,0 +1,43 @@
+"""Whether a copy of the streamed weights in fewer bytes, without loss, is worth making."""
+
+from __future__ import annotations
+
+from flexbatch.config import OffloadConfig
+from flexbatch.plan.cost_model import Prediction
+from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.model_spec import BFLOAT_BYTES, ModelSpec
+from flexbatch.plan.policy import Tier
+
+CORE_SECONDS = 5e-9
+"""Processor time for one number of the copy, looked through and packed (docs/benchmarks.md)."""
+SPACE = 0.5
+"""Of the free disk space: what the copy may take without being asked for."""
+
+
+def may_compress(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadConfig) -> bool:
+    """Whether weights can be streamed compressed: bfloat16 by a CPU, which expands them, and not in fewer bits."""
+    wanted = offload.compressed_file != "never" and spec.compressed_share < 1.0
+    plain = offload.weight_bits == 16 and offload.compute == "auto" and spec.compute_dtype == "bfloat16"
+    return wanted and plain and not hardware.has_accelerator
+
+
+def is_worth(
+    choice: str, spec: ModelSpec, hardware: HardwareProfile, compressed: Prediction, plain: Prediction
+) -> bool:
+    """Whether the job gains more by a compressed copy than making it takes, and the disk has room for it; `choice` is
+    `offload.compressed_file`."""
+    if choice == "always":
+        return True
+    if spec.has_compressed_file:
+        return compressed.seconds < plain.seconds
+    nbytes = BFLOAT_BYTES * spec.packed_numbers
+    room = (hardware.disk_space - compressed.peak.get(Tier.DISK, 0)) * SPACE
+    gain = plain.seconds - compressed.seconds
+    return nbytes * spec.compressed_share <= room and making_seconds(spec, hardware) < gain
+
+
+def making_seconds(spec: ModelSpec, hardware: HardwareProfile) -> float:
+    """The checkpoint is read twice, once to look through it; what is left of it is written once."""
+    nbytes = BFLOAT_BYTES * spec.packed_numbers
+    moving = 2 * nbytes / hardware.disk_read + nbytes * spec.compressed_share / hardware.disk_write
+    return moving + spec.packed_numbers * CORE_SECONDS / hardware.cores

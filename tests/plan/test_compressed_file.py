@@ -1,0 +1,94 @@
+"""A lossless copy of the weights is used where a job gains more by it than making it takes, where it can be had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.config import OffloadConfig
+from flexbatch.plan.compressed_file import making_seconds
+from flexbatch.plan.limits import limits_of
+from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
+from flexbatch.plan.optimizer import choose_policy
+from flexbatch.plan.workload import Workload
+from tests.plan.examples import GIB, machine, model
+
+SHARE = 0.708
+SLOW_DISK = machine("cpu-2core", disk_read=5e8)
+SMALL = "2.5GiB"
+
+
+def compressible(name: str = "opt-1.3b", there: bool = False, dtype: str = "bfloat16") -> ModelSpec:
+    return replace(model(name, dtype), compressed_share=SHARE, has_compressed_file=there)
+
+
+def offload(**changes: object) -> OffloadConfig:
+    return OffloadConfig(**{"device_memory": SMALL, **changes})  # type: ignore[arg-type]
+
+
+def test_its_matrices_take_their_share_and_nothing_else_does() -> None:
+    spec = compressible()
+    matrices = 2 * spec.packed_numbers
+    assert spec.weight_bytes(COMPRESSED) == pytest.approx(spec.weight_bytes() - (1 - SHARE) * matrices, rel=1e-6)
+
+
+def test_a_long_job_that_waits_for_the_disk_is_faster_by_nearly_as_much_as_it_reads_less() -> None:
+    work = Workload.uniform(256)
+    plain = choose_policy(compressible(), SLOW_DISK, work, offload(compressed_file="never"))[1]
+    policy, made = choose_policy(compressible(), SLOW_DISK, work, offload())
+    assert policy.compressed
+    assert 1.25 < plain.seconds / made.seconds < 1.6
+
+
+def test_a_short_job_does_not_make_it_but_uses_one_that_is_there() -> None:
+    work = Workload.uniform(2, new=4)
+    assert not choose_policy(compressible(), SLOW_DISK, work, offload())[0].compressed
+    assert choose_policy(compressible(there=True), SLOW_DISK, work, offload())[0].compressed
+    assert choose_policy(compressible(), SLOW_DISK, work, offload(compressed_file="always"))[0].compressed
+
+
+def test_a_disk_without_room_for_it_keeps_it_from_being_made() -> None:
+    full = replace(SLOW_DISK, disk_space=2 * GIB)
+    work = Workload.uniform(256)
+    assert not choose_policy(compressible(), full, work, offload())[0].compressed
+    assert choose_policy(compressible(there=True), full, work, offload())[0].compressed
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes"),
+    [
+        (compressible(), {"compressed_file": "never"}),
+        (compressible(), {"weight_bits": 8}),
+        (compressible(), {"compute": "int8"}),
+        (compressible(), {"device_memory": "auto"}),
+        (compressible(dtype="float32"), {"device_memory": "4GiB"}),
+        (model("opt-1.3b"), {}),
+    ],
+    ids=["never", "8 bits", "int8", "all resident", "float32", "nothing to gain"],
+)
+def test_where_there_is_none_to_be_had_it_is_not_used(spec: ModelSpec, changes: dict[str, object]) -> None:
+    work = Workload.uniform(64)
+    assert not choose_policy(spec, SLOW_DISK, work, offload(**changes))[0].compressed
+
+
+def test_an_accelerator_gets_its_weights_as_they_are() -> None:
+    spec = compressible("opt-6.7b")
+    memory = {"device_memory": "6GiB", "host_memory": "8GB"}
+    hardware = machine("t4-gcp")
+    hardware = replace(hardware, gemm={**hardware.gemm, "bfloat16": hardware.gemm["float16"]})
+    assert not choose_policy(spec, hardware, Workload.uniform(64), OffloadConfig(**memory))[0].compressed  # type: ignore[arg-type]
+
+
+@settings(max_examples=8, deadline=None)
+@given(memory=st.floats(1.5, 3.0), rows=st.integers(1, 400), disk=st.sampled_from([3e8, 1e9, 3e9]))
+def test_no_plan_with_it_is_slower_or_over_a_limit(memory: float, rows: int, disk: float) -> None:
+    hardware, work = machine("cpu-2core", disk_read=disk), Workload.uniform(rows)
+    options = offload(device_memory=f"{memory:.3f}GiB")
+    plain = choose_policy(model("opt-1.3b"), hardware, work, options)[1]
+    policy, made = choose_policy(compressible(), hardware, work, options)
+    assert limits_of(hardware, options).exceeded(made.peak) is None
+    making = making_seconds(compressible(), hardware) if policy.compressed else 0.0
+    assert made.seconds + making <= plain.seconds
