@@ -69,6 +69,9 @@ class ParameterSource:
         """Makes the stored tensors the parameter at `place`."""
         place.module._parameters[place.name] = parameter(self.assemble(tensors, model).to(place.dtype))
 
+    def bound(self) -> None:
+        """Called once all weights of a stop are bound, and before one of them is used."""
+
     def unbind(self, place: Place) -> None:
         """Leaves nothing of what `bind` made at `place`, but what some models ask a weight for before they use it: its
         type and its device."""

@@ -23,6 +23,7 @@ from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
 from flexbatch.engine.experts import routers
 from flexbatch.engine.linear_layers import BlockedLinear, is_linear
 from flexbatch.engine.model import SteppedModel
+from flexbatch.kernels.exponent_codes import Expansion, expand
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.compressed_weight import CompressedLayout, PlainLayout, compressed_layouts
 from flexbatch.memory.int8_linear import IntegerLayout, int8_layout, int8_linear
@@ -96,19 +97,39 @@ class QuantizedSource(PackedSource):
 
 
 @dataclass
+class Expanded(Scratch):
+    """The same of compressed weights: those of a stop are expanded together. A buffer's weights are kept as they are
+    multiplied."""
+
+    waiting: list[Expansion] = field(default_factory=list)
+    weights: dict[tuple[int, CompressedLayout], nn.Parameter] = field(default_factory=dict)
+
+    def expand(self) -> None:
+        if self.waiting:
+            expand(self.waiting)
+            self.waiting.clear()
+
+
+@dataclass
 class CompressedSource(PackedSource):
     """A weight that is expanded to be used, with nothing lost: the matrix number `order` of its stop."""
 
     order: int = 0
-    scratch: Scratch = field(default_factory=lambda: Scratch({}))
+    scratch: Expanded = field(default_factory=lambda: Expanded({}))
 
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
         layout = self.packed.layout
         assert isinstance(layout, CompressedLayout)
-        out = self.scratch.get(self.order, (layout.numbers,), place)
-        layout.expand(tensors[self.packed.parts["records"].name], out)
-        place.module._parameters[place.name] = parameter(layout.weight(out))
+        out = self.scratch.get(self.order, (layout.room,), place)
+        self.scratch.waiting.append(layout.expansion(tensors[self.packed.parts["records"].name], out))
+        key = (self.order, layout)
+        if key not in self.scratch.weights:
+            self.scratch.weights[key] = parameter(layout.weight(out))
+        place.module._parameters[place.name] = self.scratch.weights[key]
+
+    def bound(self) -> None:
+        self.scratch.expand()
 
 
 def pack_sources(
@@ -120,7 +141,7 @@ def pack_sources(
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
     made, chosen = dict(sources), _choose(stepped, sources, form)
-    scratch = _scratch((each.order, math.prod(each.stored.shape)) for each in chosen)
+    scratch = Scratch(_largest((each.order, math.prod(each.stored.shape)) for each in chosen))
     for each, packed in _opened(sources, chosen, cache_folder, on_progress):
         entries = list(packed.parts.values())
         if isinstance(packed.layout, QuantizedLayout):
@@ -170,7 +191,7 @@ def compress_sources(
     smaller = [replace(each, layout=layouts[each.stored.name]) for each in chosen if each.stored.name in layouts]
     if not smaller:
         return dict(sources)
-    scratch = _scratch((each.order, layouts[each.stored.name].numbers) for each in smaller)
+    scratch = Expanded(_largest((each.order, layouts[each.stored.name].room) for each in smaller))
     made = dict(sources)
     for each, packed in _opened(sources, smaller, cache_folder, on_progress):
         entries = list(packed.parts.values())
@@ -178,12 +199,12 @@ def compress_sources(
     return made
 
 
-def _scratch(sizes: Iterable[tuple[int, int]]) -> Scratch:
-    """Room for matrices by their number among their stop's, and their numbers."""
+def _largest(sizes: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """The largest size of each order."""
     largest: dict[int, int] = {}
     for order, size in sizes:
         largest[order] = max(largest.get(order, 0), size)
-    return Scratch(largest)
+    return largest
 
 
 @dataclass(frozen=True)

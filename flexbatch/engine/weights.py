@@ -104,6 +104,8 @@ class Weights:
         tensors = ChainMap(dict(self._acquire(stop.name)), self._packed) if streamed else self._packed
         for slot in (*streamed, *packed):
             slot.source.bind(slot.place, tensors, self._stepped.model)
+        for slot in (*streamed, *packed):
+            slot.source.bound()
         for slot in streamed:
             if slot.source.name in self._keeping.chosen and slot.source.name not in self._keeping.copied:
                 self._copy(slot, tensors)

@@ -18,7 +18,8 @@ Numbers of one byte lie far apart so that the loops over bytes become vectors.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from flexbatch.kernels.flat_memory import bits
-from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.threads import new_counter, on_all_threads, take
 from flexbatch.kernels.vectors import memory_of, number, put, repeated
 
 CHUNK = 1 << 16
@@ -64,9 +65,23 @@ def compress(numbers: torch.Tensor, exceptions: int) -> torch.Tensor:
     return records
 
 
-def expand(records: torch.Tensor, exceptions: int, out: torch.Tensor) -> None:
-    """The numbers of `records` with room for so many `exceptions` to `out`, bfloat16 `[chunks, CHUNK]`, contiguous."""
-    on_all_threads(lambda first, step: _expand(records.numpy(), exceptions, bits(out), first, step))
+class Expansion(NamedTuple):
+    """`records` with room for so many `exceptions`, and where they go: bfloat16 `[chunks, CHUNK]`, contiguous."""
+
+    records: torch.Tensor
+    exceptions: int
+    out: torch.Tensor
+
+
+def expand(expansions: Sequence[Expansion]) -> None:
+    """All of them, in turn; threads take the next chunk as they are free."""
+    work = [(new_counter(), each.records.numpy(), each.exceptions, bits(each.out)) for each in expansions]
+
+    def share(_first: int, _step: int) -> None:
+        for each in work:
+            _expand(*each)
+
+    on_all_threads(share)
 
 
 @njit(nogil=True)
@@ -179,9 +194,9 @@ _join: Any = intrinsic(_join_lanes)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _expand(records: Any, exceptions: int, out: Any, first: int, step: int) -> None:
-    """Every `step`-th chunk from `first` on."""
-    for chunk in range(first, len(records), step):
+def _expand(counter: Any, records: Any, exceptions: int, out: Any) -> None:
+    chunk = take(counter)
+    while chunk < len(records):
         record, numbers = records[chunk], out[chunk]
         places, exponents, lower, highest, rest = _parts(record, exceptions)
         least = np.uint16(np.uint16(record[0]) << np.uint16(7))
@@ -194,3 +209,4 @@ def _expand(records: Any, exceptions: int, out: Any, first: int, step: int) -> N
             place = places[index]
             kept = numbers[place] & np.uint16(0x807F)
             numbers[place] = np.uint16(kept | (np.uint16(exponents[index]) << np.uint16(7)))
+        chunk = take(counter)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flexbatch.kernels.exponent_codes import CHUNK, compress, expand, most_exceptions, record_bytes
+from flexbatch.kernels.exponent_codes import CHUNK, Expansion, compress, most_exceptions, record_bytes
 from flexbatch.memory.blocked_weight import BlockedLayout
 from flexbatch.memory.direct_io import BufferedReader
 from flexbatch.memory.packed_file import OnProgress, file_states, identity, packed_key
@@ -96,18 +96,18 @@ class CompressedLayout:
         """The `parts` of a weight of this shape."""
         return (compress(_chunked(self.inner, tensor), self.exceptions),)
 
-    def expand(self, records: torch.Tensor, out: torch.Tensor) -> None:
-        """Stored records to the weight's `numbers`, bfloat16."""
-        whole = self.numbers // CHUNK
-        expand(records[:whole], self.exceptions, out[: whole * CHUNK].view(whole, CHUNK))
-        if whole < self.chunks:
-            last = torch.empty(1, CHUNK, dtype=torch.bfloat16)
-            expand(records[whole:], self.exceptions, last)
-            out[whole * CHUNK :].copy_(last[0, : self.numbers - whole * CHUNK])
+    @property
+    def room(self) -> int:
+        """Numbers of all chunks, the last one whole."""
+        return self.chunks * CHUNK
+
+    def expansion(self, records: torch.Tensor, out: torch.Tensor) -> Expansion:
+        """Of stored records to bfloat16 `[room]`, whose first `numbers` are the weight's."""
+        return Expansion(records, self.exceptions, out.view(-1, CHUNK))
 
     def weight(self, numbers: torch.Tensor) -> torch.Tensor:
         """The weight for a product over its expanded numbers, which must outlive it."""
-        return self.inner.weight(numbers.view(torch.uint8))
+        return self.inner.weight(numbers[: self.numbers].view(torch.uint8))
 
 
 Inner = Mapping[str, PlainLayout | BlockedLayout]

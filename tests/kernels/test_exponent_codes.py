@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels.exponent_codes import CHUNK, CODES, compress, expand, most_exceptions, record_bytes
+from flexbatch.kernels.exponent_codes import CHUNK, CODES, Expansion, compress, expand, most_exceptions, record_bytes
 
 
 def there_and_back(numbers: torch.Tensor, more_room: int = 0) -> torch.Tensor:
     exceptions = most_exceptions(numbers) + more_room
     out = torch.empty_like(numbers)
-    expand(compress(numbers, exceptions), exceptions, out)
+    expand([Expansion(compress(numbers, exceptions), exceptions, out)])
     return out
 
 

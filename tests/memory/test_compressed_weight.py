@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flexbatch.kernels.exponent_codes import CHUNK
+from flexbatch.kernels.exponent_codes import CHUNK, expand
 from flexbatch.memory import compressed_weight
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout, suits
 from flexbatch.memory.compressed_weight import (
@@ -44,8 +44,8 @@ def plain(index: SafetensorsIndex) -> dict[str, PlainLayout | BlockedLayout]:
 
 
 def expanded(layout: CompressedLayout, records: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(layout.numbers, dtype=torch.bfloat16)
-    layout.expand(records, out)
+    out = torch.empty(layout.room, dtype=torch.bfloat16)
+    expand([layout.expansion(records, out)])
     return out
 
 
@@ -68,7 +68,8 @@ def test_bytes_in_the_processor_s_order_come_back() -> None:
     weight = normal(*ODD)
     layout = CompressedLayout(blocked_layout(ODD), CHUNK)
     assert torch.equal(
-        expanded(layout, layout.pack(weight)[0]).view(torch.uint8), blocked_layout(ODD).pack(weight)[0].view(-1)
+        expanded(layout, layout.pack(weight)[0])[: layout.numbers].view(torch.uint8),
+        blocked_layout(ODD).pack(weight)[0].view(-1),
     )
 
 
