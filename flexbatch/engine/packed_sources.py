@@ -131,6 +131,10 @@ class CompressedSource(PackedSource):
     def bound(self) -> None:
         self.scratch.expand()
 
+    def unbind(self, place: Place) -> None:
+        super().unbind(place)
+        self.scratch.waiting.clear()  # of a stop whose binding failed; its records are given back
+
 
 def pack_sources(
     stepped: SteppedModel,

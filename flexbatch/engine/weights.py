@@ -102,15 +102,16 @@ class Weights:
         """The stop's weights are in its module inside this context."""
         streamed, packed = self._streamed(stop.name), self._packed_slots(stop.name)
         tensors = ChainMap(dict(self._acquire(stop.name)), self._packed) if streamed else self._packed
-        for slot in (*streamed, *packed):
-            slot.source.bind(slot.place, tensors, self._stepped.model)
-        for slot in (*streamed, *packed):
-            slot.source.bound()
-        for slot in streamed:
-            if slot.source.name in self._keeping.chosen and slot.source.name not in self._keeping.copied:
-                self._copy(slot, tensors)
         started = time.perf_counter()
         try:
+            for slot in (*streamed, *packed):
+                slot.source.bind(slot.place, tensors, self._stepped.model)
+            for slot in (*streamed, *packed):
+                slot.source.bound()
+            for slot in streamed:
+                if slot.source.name in self._keeping.chosen and slot.source.name not in self._keeping.copied:
+                    self._copy(slot, tensors)
+            started = time.perf_counter()
             yield
         finally:
             if self._options.on_event is not None:
