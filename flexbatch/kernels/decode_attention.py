@@ -15,9 +15,11 @@ from numba import njit
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import ARITHMETIC, LOWEST, exponential, widened
 from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.vectors import prefetch
 
 UNSEEN = -1e30  # a score with this added is none
 MOST_QUERIES = 2  # to the same keys; with more of them torch's products are the faster way
+LINE = 32  # numbers of a line of the processor's caches
 SMALL = 1 << 17  # numbers of the cache; with fewer a second thread costs more than it brings
 
 
@@ -86,6 +88,7 @@ def _attend(
     sums = np.empty(value_size, np.float32)
     for pair in range(first, rows * heads, step):
         row, head = pair // heads, pair % heads
+        next_row, next_head = (pair + step) // heads, (pair + step) % heads
         start = 0
         while start < columns and added[row, start] <= UNSEEN:
             start += 1
@@ -95,6 +98,10 @@ def _attend(
             for column in range(start, columns):
                 at = row * key_strides[0] + head * key_strides[1] + column * key_strides[2]
                 key = keys[at : at + size]
+                # The values' turn comes when all keys are seen: until then memory would have nothing to do with them.
+                ahead = row * value_strides[0] + head * value_strides[1] + column * value_strides[2]
+                for line in range(0, value_size, LINE):
+                    prefetch(values, ahead + line)
                 score = np.float32(0)
                 for index in range(size):
                     score += asked[index] * widened(key[index])
@@ -108,6 +115,9 @@ def _attend(
             for column in range(start, columns):
                 at = row * value_strides[0] + head * value_strides[1] + column * value_strides[2]
                 value = values[at : at + value_size]
+                ahead = next_row * key_strides[0] + next_head * key_strides[1] + column * key_strides[2]
+                for line in range(0, size, LINE):
+                    prefetch(keys, ahead + line)
                 share = scores[column]
                 for index in range(value_size):
                     sums[index] += share * widened(value[index])

@@ -224,6 +224,21 @@ def _fill(_context: Any, value: Any) -> Any:  # noqa: ARG001 - Numba wants the n
     return floats(types.float32), generate
 
 
+def _prefetch(_context: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        place = _place(
+            builder, memory_of(context, builder, signature.args[0], arguments[0]), arguments[1], byte.pointee
+        )
+        fetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, INT32, INT32, INT32])
+        builder.call(fetch, [place, INT32(0), INT32(3), INT32(1)])  # to be read, and kept in every cache
+        return context.get_dummy_value()
+
+    return types.void(array, at), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
+"""Asks for the line of a contiguous array with this index, which may lie beyond it; nothing waits for it."""
 load: Any = intrinsic(_load)
 """Sixteen float32 of a contiguous array, from an index on. Nothing looks whether they exist."""
 store: Any = intrinsic(_store)
