@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 
 from flexbatch.kernels.flat_memory import bits
 from flexbatch.kernels.threads import new_counter, on_all_threads, take
-from flexbatch.kernels.vectors import memory_of, number, put, repeated
+from flexbatch.kernels.vectors import memory_of, number, prefetch, put, repeated
 
 CHUNK = 1 << 16
 QUARTER, EIGHTH = CHUNK // 4, CHUNK // 8
@@ -38,6 +38,8 @@ HEADER = 8
 EXPONENTS = 256
 LANES = 64
 BYTES, WORDS = (ir.VectorType(ir.IntType(size), LANES) for size in (8, 16))
+AHEAD = 1024
+"""Numbers between the ones that are expanded and those whose place in memory is asked for."""
 ALIGNMENT = 64
 """Bytes that a record's length is a multiple of."""
 
@@ -204,6 +206,9 @@ def _expand(counter: Any, records: Any, exceptions: int, out: Any) -> None:
             start, begun = eighth % 2 * EIGHTH, eighth * EIGHTH
             by, top = np.uint16(eighth // 2 * 2), np.uint16(eighth)
             for index in range(0, EIGHTH, LANES):
+                prefetch(rest, begun + index + AHEAD)
+                prefetch(numbers, begun + index + AHEAD)
+                prefetch(numbers, begun + index + AHEAD + LANES // 2)
                 _join(lower, start + index, by, highest, index, top, rest, numbers, begun + index, least)
         for index in range(record[4:HEADER].view(np.uint32)[0]):
             place = places[index]
