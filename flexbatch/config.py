@@ -182,7 +182,7 @@ class OffloadConfig:
     compressed_file: str = option(
         "auto",
         "a copy of streamed bfloat16 weights that takes some 0.7 of their bytes and loses nothing, in model.cache_dir: "
-        "auto (where the job gains more by it than making it takes), always or never; on the CPU",
+        "auto (where the job gains more by it than making it takes), always or never; on the CPU, where weights stream",
         one_of=("auto", "always", "never"),
     )
     trace: str = option("", "write a Chrome/Perfetto trace of the run to this file", path=True)

@@ -55,7 +55,7 @@ def plan_conversation(config: Config, model: Model, context: int) -> Plan:
         window=1,
         part_rows=1,
     )
-    return plan_run(config, model, work)
+    return plan_run(config, model, work, makes_copies=False)
 
 
 def seconds_with_guesses(plan: Plan) -> tuple[float, ...]:

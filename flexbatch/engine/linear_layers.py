@@ -70,7 +70,8 @@ def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _become(modules: list[nn.Module], kind: type[nn.Linear]) -> None:
     for module in modules:
-        if type(module) is nn.Linear:
+        # Some models keep a layer in float32 whatever type is asked for.
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = kind
 
 

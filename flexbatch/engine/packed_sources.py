@@ -186,11 +186,12 @@ def compress_sources(
     cache_folder: Path,
     on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
-    """`sources` with the weights of the decoder layers' linear modules in a compressed file, as far as that makes them
-    smaller; makes the file if it is not there yet. CapacityError or OutputError where it cannot be made."""
+    """`sources` with the decoder layers' matrices in bfloat16 in a compressed file, as far as that makes them smaller;
+    makes the file if it is not there yet. CapacityError or OutputError where it cannot be made."""
     chosen = _choose(stepped, sources, _compressible)
-    stored = {each.stored.name: each.stored for each in chosen}
-    inner = {each.stored.name: _laid_out(tuple(each.stored.shape), each.module) for each in chosen}
+    modules = {each.stored.name: each.module for each in chosen}
+    stored = {name: entry for name, entry in _plain(sources).entries.items() if name in modules}
+    inner = {name: _laid_out(tuple(entry.shape), modules[name]) for name, entry in stored.items()}
     layouts = compressed_layouts(stored, inner, cache_folder, on_progress)
     smaller = [replace(each, layout=layouts[each.stored.name]) for each in chosen if each.stored.name in layouts]
     if not smaller:
@@ -296,9 +297,10 @@ def _blocked(entry: TensorEntry, module: nn.Module) -> Layout | None:
 
 
 def _compressible(entry: TensorEntry, module: nn.Module) -> Layout | None:
-    return PlainLayout(tuple(entry.shape)) if is_linear(module) and len(entry.shape) == 2 else None
+    is_half = all(value.dtype == torch.bfloat16 for value in module.parameters(recurse=False))
+    return PlainLayout(tuple(entry.shape)) if is_half and len(entry.shape) == 2 else None
 
 
 def _laid_out(shape: tuple[int, ...], module: nn.Module) -> PlainLayout | BlockedLayout:
-    """How a linear module's bfloat16 weight lies when it is multiplied."""
+    """How a module's bfloat16 matrix lies when it is multiplied."""
     return blocked_layout(shape) if isinstance(module, BlockedLinear) else PlainLayout(shape)

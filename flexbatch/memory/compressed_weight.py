@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flexbatch.errors import OutputError
 from flexbatch.kernels.exponent_codes import CHUNK, Expansion, compress, most_exceptions, record_bytes
 from flexbatch.memory.blocked_weight import BlockedLayout
 from flexbatch.memory.direct_io import BufferedReader
@@ -29,6 +31,8 @@ CHUNK_BYTES = CHUNK * NUMBER_BYTES
 LARGEST_SHARE = 0.9
 """Of its own bytes: a weight of which more is left stays as it is."""
 SAMPLES = 32
+OTHERS_MAY_HAVE = 1.25
+"""Times the exceptions of the samples, in pieces that were not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,23 +127,31 @@ def compressed_layouts(
         return _smaller(inner, known["exceptions"])
     found = _looked_through(sources, inner, on_progress)
     layouts = _smaller(inner, found)
-    cache_folder.mkdir(parents=True, exist_ok=True)
     copy = packed_key({name: sources[name] for name in layouts}, layouts)
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps({"source": source, "exceptions": found, "copy": copy}))
-    aside.replace(file)
+    record = {"source": source, "exceptions": found, "copy": copy, "share": _share(inner, layouts)}
+    try:
+        _keep(record, file)
+        if known.get("copy", copy) != copy:
+            for stale in cache_folder.glob(f"{known['copy']}.*"):
+                stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The folder {cache_folder} for packed weights cannot be used: {error.strerror or error}.",
+            remedy="Set model.cache_dir to a folder with write permission and space, or offload.compressed_file=never.",
+        ) from error
     return layouts
 
 
-def has_compressed(entries: Sequence[TensorEntry], cache_folder: Path) -> bool:
-    """Whether a compressed file was made before from the files of these stored tensors, as they are now."""
+def compressed_share(entries: Sequence[TensorEntry], cache_folder: Path) -> float | None:
+    """What of the bytes of large matrices a compressed file takes that was made before from the files of these stored
+    tensors, as they are now; None where there is none."""
     files = file_states(entries)
     for record in map(_record, cache_folder.glob(f"{PREFIX}*.json")):
         made_of = record.get("source", {}).get("files", {})
         is_there = (cache_folder / f"{record.get('copy')}.safetensors").exists()
         if is_there and made_of and made_of.items() <= files.items():
-            return True
-    return False
+            return float(record["share"])
+    return None
 
 
 def estimated_share(entries: Sequence[TensorEntry]) -> float:
@@ -150,9 +162,9 @@ def estimated_share(entries: Sequence[TensorEntry]) -> float:
     every = max(1, len(floats) // SAMPLES)
     try:
         most = max((most_exceptions(_sample(entry)) for entry in floats[::every]), default=CHUNK)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return 1.0
-    share = record_bytes(most) / CHUNK_BYTES
+    share = record_bytes(math.ceil(most * OTHERS_MAY_HAVE)) / CHUNK_BYTES
     return share if share <= LARGEST_SHARE else 1.0
 
 
@@ -164,6 +176,13 @@ def _sample(entry: TensorEntry) -> torch.Tensor:
         stream.seek(entry.offset + first * size)
         raw = torch.frombuffer(bytearray(stream.read(CHUNK * size)), dtype=entry.torch_dtype)
     return raw.to(torch.bfloat16).view(1, CHUNK)
+
+
+def _share(inner: Inner, layouts: Mapping[str, CompressedLayout]) -> float:
+    """Of the bytes of those that are large enough to be compressed, what is left of them."""
+    large = {name: layout.nbytes for name, layout in inner.items() if layout.nbytes >= CHUNK_BYTES}
+    left = [nbytes * (layouts[name].share if name in layouts else 1.0) for name, nbytes in large.items()]
+    return sum(left) / sum(large.values()) if large else 1.0
 
 
 def _smaller(inner: Inner, exceptions: Mapping[str, int]) -> dict[str, CompressedLayout]:
@@ -188,13 +207,20 @@ def _looked_through(sources: Mapping[str, TensorEntry], inner: Inner, on_progres
 
 
 def _chunked(inner: PlainLayout | BlockedLayout, tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a weight as they lie in the inner layout, bfloat16 `[chunks, CHUNK]`; the last is repeated."""
+    """The numbers of a weight as they lie in the inner layout, bfloat16 `[chunks, CHUNK]`. The last chunk is filled up
+    with numbers of the weight's own, which are as rarely exceptions as the others."""
     (packed,) = inner.pack(tensor)
     numbers = packed.contiguous().view(-1).view(torch.bfloat16)
-    missing = -len(numbers) % CHUNK
-    if missing:
-        numbers = torch.cat([numbers, numbers[-1:].expand(missing)])
-    return numbers.view(-1, CHUNK)
+    chunks = -(-len(numbers) // CHUNK)
+    again = -(-chunks * CHUNK // max(1, len(numbers)))
+    return numbers.repeat(again)[: chunks * CHUNK].view(chunks, CHUNK) if again > 1 else numbers.view(chunks, CHUNK)
+
+
+def _keep(record: Mapping[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")  # two runs may look through the same checkpoint at once
+    aside.write_text(json.dumps(record))
+    aside.replace(file)
 
 
 def _record(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Files of a cache folder, all named for the source and the way of packing:
     KEY.verified              the file as it was when its checksums were last compared
     KEY.partial, KEY.journal  a file being made, and the tensors in it that are safely on disk
     KEY.lock                  held while making or checking
+    exceptions-KEY.json       what was found of a checkpoint that is to be compressed (compressed_weight.py)
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def identity(sources: Mapping[str, TensorEntry], layouts: Mapping[str, Layout]) 
 
 def file_states(entries: Iterable[TensorEntry]) -> dict[str, list[int]]:
     """Size and time of change of every file that holds them, by its path."""
-    files = {str(entry.file.resolve()): entry.file.stat() for entry in entries}
+    files = {str(file.resolve()): file.stat() for file in {entry.file for entry in entries}}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in sorted(files.items())}
 
 

@@ -6,7 +6,6 @@ from flexbatch.config import OffloadConfig
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import BFLOAT_BYTES, ModelSpec
-from flexbatch.plan.policy import Tier
 
 CORE_SECONDS = 5e-9
 """Processor time for one number of the copy, looked through and packed (docs/benchmarks.md)."""
@@ -24,20 +23,20 @@ def may_compress(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadCon
 def is_worth(
     choice: str, spec: ModelSpec, hardware: HardwareProfile, compressed: Prediction, plain: Prediction
 ) -> bool:
-    """Whether the job gains more by a compressed copy than making it takes, and the disk has room for it; `choice` is
+    """Whether the job gains more by a compressed copy than making it takes, if it is not there; `choice` is
     `offload.compressed_file`."""
-    if choice == "always":
-        return True
-    if spec.has_compressed_file:
-        return compressed.seconds < plain.seconds
-    nbytes = BFLOAT_BYTES * spec.packed_numbers
-    room = (hardware.disk_space - compressed.peak.get(Tier.DISK, 0)) * SPACE
-    gain = plain.seconds - compressed.seconds
-    return nbytes * spec.compressed_share <= room and making_seconds(spec, hardware) < gain
+    making = 0.0 if spec.has_compressed_file else making_seconds(spec, hardware)
+    return choice == "always" or compressed.seconds + making < plain.seconds
+
+
+def has_room(spec: ModelSpec, free: int) -> bool:
+    """Whether a disk with `free` bytes has room for a copy that nobody asked for."""
+    return BFLOAT_BYTES * spec.packed_numbers * spec.compressed_share <= free * SPACE
 
 
 def making_seconds(spec: ModelSpec, hardware: HardwareProfile) -> float:
     """The checkpoint is read twice, once to look through it; what is left of it is written once."""
-    nbytes = BFLOAT_BYTES * spec.packed_numbers
-    moving = 2 * nbytes / hardware.disk_read + nbytes * spec.compressed_share / hardware.disk_write
-    return moving + spec.packed_numbers * CORE_SECONDS / hardware.cores
+    numbers = spec.packed_numbers
+    read = 2 * numbers * spec.dtype_bytes / hardware.disk_read
+    written = BFLOAT_BYTES * numbers * spec.compressed_share / hardware.disk_write
+    return read + written + numbers * CORE_SECONDS / hardware.cores

@@ -21,9 +21,10 @@ GROUP_BYTES = 4
 INTEGERS = 0
 INTEGER_ROW = 1024
 
-# "Bits" of bfloat16 weights in a lossless copy, which smaller matrices than this are not part of.
+# "Bits" of bfloat16 weights in a lossless copy: whole chunks of numbers, of those matrices that become smaller by it.
 COMPRESSED = -1
-SMALLEST_COMPRESSED = 1 << 16
+COMPRESSED_CHUNK = 1 << 16
+LARGEST_COMPRESSED = 0.9
 
 BFLOAT_BYTES = 2
 
@@ -163,8 +164,8 @@ class ModelSpec:
         if bits == 16 or not is_matrix:
             return numbers * self.dtype_bytes
         if bits == COMPRESSED:
-            share = self.compressed_share if numbers >= SMALLEST_COMPRESSED else 1.0
-            return round(BFLOAT_BYTES * numbers * share)
+            records = round(BFLOAT_BYTES * -(-numbers // COMPRESSED_CHUNK) * COMPRESSED_CHUNK * self.compressed_share)
+            return records if records <= LARGEST_COMPRESSED * BFLOAT_BYTES * numbers else numbers * self.dtype_bytes
         if bits == INTEGERS:
             return numbers + 8 * -(-numbers // INTEGER_ROW)
         return packed_bytes(numbers, bits, QUANTIZATION_GROUP)

@@ -42,24 +42,32 @@ def choose_policy(
     """
     check_formats(spec, hardware, offload)
     base = base_policy(offload)
-    best = _best(spec, hardware, workload, offload, base)
-    if best.policy.weights.disk > 0 and may_compress(spec, hardware, offload):
-        compressed = _best(spec, hardware, workload, offload, replace(base, compressed=True))
-        if is_worth(offload.compressed_file, spec, hardware, compressed, best):
-            best = compressed
+    limits = limits_of(hardware, offload)
+    plain, compressed = _best(spec, hardware, workload, offload, limits, base), None
+    if may_compress(spec, hardware, offload) and (plain is None or plain.policy.weights.disk > 0):
+        compressed = _best(spec, hardware, workload, offload, limits, replace(base, compressed=True))
+    best = plain or compressed
+    if best is None:
+        raise infeasible(spec, hardware, workload, offload, limits)
+    if plain and compressed and is_worth(offload.compressed_file, spec, hardware, compressed, plain):
+        best = compressed
     return best.policy, best
 
 
 def _best(
-    spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, base: Policy
-) -> Prediction:
-    """The fastest policy of `base`'s form inside the limits."""
-    limits = limits_of(hardware, offload)
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    offload: OffloadConfig,
+    limits: Limits,
+    base: Policy,
+) -> Prediction | None:
+    """The fastest policy of `base`'s form inside the limits; None where nothing fits."""
     search = _manual if offload.policy == "manual" else _automatic
     candidates = search(spec, hardware, workload, offload, limits, base)
     feasible = [made for made in candidates if limits.exceeded(made.peak) is None]
     if not feasible:
-        raise infeasible(spec, hardware, workload, offload, limits)
+        return None
     best = pick(feasible)
     if offload.policy == "auto" and offload.slots == "auto":
         best = _modest(spec, hardware, workload, best)

@@ -94,7 +94,8 @@ def placement_table(plan: Plan) -> Table:
     policy, spec = plan.prediction.policy, plan.spec
     table = _table("What lives where", "tensors", *(tier.value for tier in Tier))
     weights = spec.weight_bytes(weight_form(policy))
-    table.add_row(f"weights ({policy.weight_bits} bits)", *_shares_of(policy.weights, weights))
+    form = "compressed" if policy.compressed else f"{policy.weight_bits} bits"
+    table.add_row(f"weights ({form})", *_shares_of(policy.weights, weights))
     units = kv_units(spec, policy)
     kv = sum(item.nbytes for item in plan.prediction.needs if item.what == "KV cache")
     total = max(1, sum(units.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from flexbatch.composition import bundled
 from flexbatch.config import Config
 from flexbatch.engine.calibration import familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
-from flexbatch.memory.compressed_weight import estimated_share, has_compressed
+from flexbatch.memory.compressed_weight import compressed_share, estimated_share
+from flexbatch.plan.compressed_file import has_room
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
@@ -35,14 +37,15 @@ MOST_SAMPLES = 4096
 HALF = ("bfloat16", "float16", "float32")
 
 
-def plan_run(config: Config, model: Model, work: Work) -> Plan:
-    """The plan that a run follows. CapacityError where the limits cannot be met."""
-    return make_plan(config, model, work, measure=False)
+def plan_run(config: Config, model: Model, work: Work, *, makes_copies: bool = True) -> Plan:
+    """The plan that a run follows; without `makes_copies` weights are not copied where they were not before.
+    CapacityError where the limits cannot be met."""
+    return make_plan(config, model, work, measure=False, makes_copies=makes_copies)
 
 
-def make_plan(config: Config, model: Model, work: Work, *, measure: bool) -> Plan:
+def make_plan(config: Config, model: Model, work: Work, *, measure: bool, makes_copies: bool = True) -> Plan:
     """With `measure` the machine is measured if it was not before; otherwise only where the figures matter."""
-    spec = with_compression(model_spec(model), config, model)
+    spec = with_compression(model_spec(model), config, model, makes_copies=makes_copies)
     hardware = describe_hardware(config, model, spec, measure=measure)
     if config.hardware.profile and config.model.dtype == "auto":
         usual = usual_dtype(spec, hardware)
@@ -73,13 +76,22 @@ def model_spec(model: Model) -> ModelSpec:
     return spec_from_config(model.config, model.found.name, stored, compute)
 
 
-def with_compression(spec: ModelSpec, config: Config, model: Model) -> ModelSpec:
-    """The model with what a compressed copy of its weights would take, where they are here."""
-    if model.found.index is None or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+def with_compression(spec: ModelSpec, config: Config, model: Model, *, makes_copies: bool) -> ModelSpec:
+    """The model with what a compressed copy of its weights takes, where it is there or may be made."""
+    choice, index = config.offload.compressed_file, model.found.index
+    wanted = choice != "never" and config.offload.weight_bits == 16 and config.offload.compute == "auto"
+    if not wanted or index is None or model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return spec
-    entries = list(model.found.index.entries.values())
-    there = has_compressed(entries, Path(config.model.cache_dir).expanduser() / "packed")
-    return replace(spec, compressed_share=estimated_share(entries), has_compressed_file=there)
+    entries = list(index.entries.values())
+    if sum(math.prod(entry.shape) for entry in entries if len(entry.shape) == 2) < spec.packed_numbers:
+        return spec  # some are stored in stacks, which are not compressed
+    cache = working_folder(config.model.cache_dir, "model.cache_dir")
+    known = compressed_share(entries, cache / "packed")
+    if known is not None:
+        return replace(spec, compressed_share=known, has_compressed_file=True)
+    made = replace(spec, compressed_share=estimated_share(entries))
+    allowed = makes_copies and has_room(made, shutil.disk_usage(cache).free)
+    return made if allowed or choice == "always" else spec
 
 
 def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:

@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexbatch.engine import model as building
+from flexbatch.engine import opening
+from flexbatch.engine.checkpoint_map import map_checkpoint
 from flexbatch.engine.engine import Vocabulary
+from flexbatch.engine.linear_layers import use_fastest_linears
+from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
+from flexbatch.engine.packed_sources import CompressedSource, compress_sources
+from flexbatch.memory.compressed_weight import compressed_share
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy, Shares
 from flexbatch.records import Completion, Request, Sampling
@@ -33,7 +40,7 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {**_WIDE, "new_decoder_architecture": False}),
     "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256}),
 }
-"""With matrices that are large enough to be compressed; GPT-2 has no linear layers, so nothing of it is."""
+"""With matrices that are large enough to be compressed; GPT-2 has them in layers of its own kind."""
 
 
 _FOLDER = TemporaryDirectory(prefix="wide-")
@@ -75,7 +82,35 @@ def test_tokens_and_log_probabilities_are_those_of_plain_weights(
     for shares in (RESIDENT, MIXED, STREAMED):
         policy = Policy(shares, slots=5, prefill_tokens=40, compressed=True)
         assert completions(family, policy, tmp_path) == plain
-    assert bool(list((tmp_path / "packed").glob("packed-*.safetensors"))) is (family != "gpt2")
+    stored = SafetensorsIndex.open(wide(family)).entries
+    share = compressed_share(list(stored.values()), tmp_path / "packed")
+    assert share is not None  # the plan of the next job finds it
+    assert 0.7 < share < 0.85
+
+
+def test_a_layer_that_its_model_keeps_in_float32_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    config = AutoConfig.for_model("llama", **WIDE["llama"][1])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    real = opening.build
+
+    def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
+        stepped = real(config, dtype)
+        stepped.model.get_submodule("model.layers.1.mlp.down_proj").float()
+        return stepped
+
+    monkeypatch.setattr(opening, "build", build)
+    stepped = opening.build(AutoConfig.from_pretrained(folder), torch.bfloat16)
+    use_fastest_linears(stepped, torch.bfloat16, torch.device("cpu"))
+    stored = SafetensorsIndex.open(folder).entries
+    sources = compress_sources(stepped, map_checkpoint(stepped.model, stored, "here"), tmp_path / "packed")
+    compressed = {name for name, source in sources.items() if isinstance(source, CompressedSource)}
+    assert "model.layers.0.mlp.down_proj.weight" in compressed
+    assert "model.layers.1.mlp.down_proj.weight" not in compressed
+    assert type(stepped.model.get_submodule("model.layers.1.mlp.down_proj")) is nn.Linear
 
 
 def test_a_torn_copy_is_made_anew(tmp_path: Path) -> None:

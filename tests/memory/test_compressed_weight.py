@@ -16,8 +16,8 @@ from flexbatch.memory.compressed_weight import (
     CompressedLayout,
     PlainLayout,
     compressed_layouts,
+    compressed_share,
     estimated_share,
-    has_compressed,
 )
 from flexbatch.memory.packed_file import open_packed
 from flexbatch.memory.safetensors_index import SafetensorsIndex
@@ -88,16 +88,16 @@ def test_a_checkpoint_is_looked_through_once_and_again_when_it_has_changed(
     index, folder = checkpoint(tmp_path, weight=normal(512, 256)), tmp_path / "packed"
     entries = list(index.entries.values())
     first = compressed_layouts(index.entries, plain(index), folder)
-    assert not has_compressed(entries, folder)
+    assert compressed_share(entries, folder) is None
     open_packed(index, first, folder)
-    assert has_compressed(entries, folder)
+    assert compressed_share(entries, folder) == pytest.approx(first["weight"].share)
     looked = []
     real = compressed_weight.most_exceptions
     monkeypatch.setattr(compressed_weight, "most_exceptions", lambda numbers: looked.append(1) or real(numbers))
     assert compressed_layouts(index.entries, plain(index), folder) == first
     assert not looked
     os.utime(index.files[0], (1, 1))
-    assert not has_compressed(entries, folder)
+    assert compressed_share(entries, folder) is None
     assert compressed_layouts(index.entries, plain(index), folder) == first
     assert looked
 
@@ -107,5 +107,5 @@ def test_torn_notes_of_what_was_found_are_made_anew(tmp_path: Path) -> None:
     first = compressed_layouts(index.entries, plain(index), folder)
     (notes,) = folder.glob("exceptions-*.json")
     notes.write_text(notes.read_text()[:30])
-    assert not has_compressed(list(index.entries.values()), folder)
+    assert compressed_share(list(index.entries.values()), folder) is None
     assert compressed_layouts(index.entries, plain(index), folder) == first

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.config import OffloadConfig
-from flexbatch.plan.compressed_file import making_seconds
+from flexbatch.errors import CapacityError
+from flexbatch.plan.compressed_file import has_room, making_seconds
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.optimizer import choose_policy
+from flexbatch.plan.policy import Tier
 from flexbatch.plan.workload import Workload
 from tests.plan.examples import GIB, machine, model
 
@@ -27,6 +29,13 @@ def compressible(name: str = "opt-1.3b", there: bool = False, dtype: str = "bflo
 
 def offload(**changes: object) -> OffloadConfig:
     return OffloadConfig(**{"device_memory": SMALL, **changes})  # type: ignore[arg-type]
+
+
+def test_matrices_that_whole_chunks_would_not_make_smaller_stay_as_they_are() -> None:
+    spec = compressible()
+    assert [spec.tensor_bytes(numbers, True, COMPRESSED) for numbers in (40_000, 70_000)] == [80_000, 140_000]
+    assert spec.tensor_bytes(65_536, True, COMPRESSED) == round(2 * 65_536 * SHARE)
+    assert spec.tensor_bytes(65_536, False, COMPRESSED) == 2 * 65_536
 
 
 def test_its_matrices_take_their_share_and_nothing_else_does() -> None:
@@ -51,10 +60,23 @@ def test_a_short_job_does_not_make_it_but_uses_one_that_is_there() -> None:
 
 
 def test_a_disk_without_room_for_it_keeps_it_from_being_made() -> None:
-    full = replace(SLOW_DISK, disk_space=2 * GIB)
-    work = Workload.uniform(256)
-    assert not choose_policy(compressible(), full, work, offload())[0].compressed
-    assert choose_policy(compressible(there=True), full, work, offload())[0].compressed
+    nbytes = int(2 * compressible().packed_numbers * SHARE)
+    assert has_room(compressible(), 2 * nbytes + GIB)
+    assert not has_room(compressible(), nbytes + GIB)
+
+
+def test_what_fits_in_one_form_alone_is_run_in_that() -> None:
+    work, disk = Workload.uniform(8), SLOW_DISK
+    for percent in ([0, 0, 100, 0, 100, 0], [60, 0, 100, 0, 100, 0]):
+        options = OffloadConfig(policy="manual", percent=percent, slots=2, prefill_tokens=64, compressed_file="always")
+        forms = [replace(options, compressed_file="never"), options]
+        peaks = [choose_policy(compressible(), disk, work, form)[1].peak[Tier.DEVICE] for form in forms]
+        between = replace(options, device_memory=str(sum(peaks) // 2))
+        policy, made = choose_policy(compressible(), disk, work, between)
+        assert policy.compressed is (peaks[1] < peaks[0])
+        assert made.peak[Tier.DEVICE] == min(peaks)
+    with pytest.raises(CapacityError):
+        choose_policy(compressible(), disk, work, replace(options, device_memory="0.5GiB"))
 
 
 @pytest.mark.parametrize(
