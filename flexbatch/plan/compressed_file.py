@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from flexbatch.config import OffloadConfig
+from flexbatch.plan.blocked_file import SPACE
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import BFLOAT_BYTES, ModelSpec
 
 CORE_SECONDS = 5e-9
 """Processor time for one number of the copy, looked through and packed (docs/benchmarks.md)."""
-SPACE = 0.5
-"""Of the free disk space: what the copy may take without being asked for."""
+
+
+def is_wanted(offload: OffloadConfig) -> bool:
+    """Whether the options leave compressed weights open: in the number format that they have, and in no fewer bits."""
+    return offload.compressed_file != "never" and offload.weight_bits == 16 and offload.compute == "auto"
 
 
 def may_compress(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadConfig) -> bool:
     """Whether weights can be streamed compressed: bfloat16 by a CPU, which expands them, and not in fewer bits."""
-    wanted = offload.compressed_file != "never" and spec.compressed_share < 1.0
-    plain = offload.weight_bits == 16 and offload.compute == "auto" and spec.compute_dtype == "bfloat16"
-    return wanted and plain and not hardware.has_accelerator
+    can_be = spec.compressed_share < 1.0 and spec.compute_dtype == "bfloat16" and not hardware.has_accelerator
+    return is_wanted(offload) and can_be
 
 
 def is_worth(

@@ -16,7 +16,7 @@ from flexbatch.config import Config
 from flexbatch.engine.calibration import familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.memory.compressed_weight import compressed_share, estimated_share
-from flexbatch.plan.compressed_file import has_room
+from flexbatch.plan.compressed_file import has_room, is_wanted
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import limits_of
@@ -78,9 +78,9 @@ def model_spec(model: Model) -> ModelSpec:
 
 def with_compression(spec: ModelSpec, config: Config, model: Model, *, makes_copies: bool) -> ModelSpec:
     """The model with what a compressed copy of its weights takes, where it is there or may be made."""
-    choice, index = config.offload.compressed_file, model.found.index
-    wanted = choice != "never" and config.offload.weight_bits == 16 and config.offload.compute == "auto"
-    if not wanted or index is None or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    index = model.found.index
+    is_half = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    if index is None or not is_half or not is_wanted(config.offload):
         return spec
     entries = list(index.entries.values())
     if sum(math.prod(entry.shape) for entry in entries if len(entry.shape) == 2) < spec.packed_numbers:
@@ -91,7 +91,7 @@ def with_compression(spec: ModelSpec, config: Config, model: Model, *, makes_cop
         return replace(spec, compressed_share=known, has_compressed_file=True)
     made = replace(spec, compressed_share=estimated_share(entries))
     allowed = makes_copies and has_room(made, shutil.disk_usage(cache).free)
-    return made if allowed or choice == "always" else spec
+    return made if allowed or config.offload.compressed_file == "always" else spec
 
 
 def usual_dtype(spec: ModelSpec, hardware: HardwareProfile) -> str:

@@ -21,6 +21,7 @@ from flexbatch.memory.compressed_weight import (
 )
 from flexbatch.memory.packed_file import open_packed
 from flexbatch.memory.safetensors_index import SafetensorsIndex
+from flexbatch.plan.model_spec import COMPRESSED_CHUNK, LARGEST_COMPRESSED
 
 ODD = (700, 600)  # no whole number of chunks
 
@@ -100,6 +101,10 @@ def test_a_checkpoint_is_looked_through_once_and_again_when_it_has_changed(
     assert compressed_share(entries, folder) is None
     assert compressed_layouts(index.entries, plain(index), folder) == first
     assert looked
+
+
+def test_the_plan_counts_in_the_same_chunks_and_leaves_out_the_same_weights() -> None:
+    assert (COMPRESSED_CHUNK, LARGEST_COMPRESSED) == (CHUNK, compressed_weight.LARGEST_SHARE)
 
 
 def test_torn_notes_of_what_was_found_are_made_anew(tmp_path: Path) -> None:
