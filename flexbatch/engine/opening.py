@@ -24,6 +24,7 @@ from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.errors import CapacityError, OutputError
 from flexbatch.memory.direct_io import choose_reader
 from flexbatch.memory.heap import Heap
+from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
@@ -71,13 +72,15 @@ class EngineOptions:
     """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
     known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
-    used). `on_packing` is told how many bytes of a packed file's sources are done, and of how many."""
+    used). `working_bytes`: what calls take and give back between two stops, at most, as planned. `on_packing` is told
+    how many bytes of a packed file's sources are done, and of how many."""
 
     span: int
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
     padded_width: int = 0
     own_span: int = 0
+    working_bytes: int = 64 << 20
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -176,6 +179,8 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     weights = Weights(stepped, sources, policy.weights, storage, stream)
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
     # Only where the model's memory is the process's own.
-    heap = Heap(limits.device if limits.one_memory else UNLIMITED)
+    heap = Heap(limits.device if limits.one_memory else UNLIMITED, options.working_bytes)
     install_stops(stepped, parking.park if parking is not None else None, heap.settle)
+    if limits.one_memory:
+        release_library_pages()
     return _Opened(stepped, weights, storage)

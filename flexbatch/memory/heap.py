@@ -7,31 +7,31 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Bytes below the limit from which freed memory is given back, and by which the process must have grown since the last
-# time: giving back costs time, because pages that are used again have to be found and cleared again.
-MARGIN = 32 << 20
+# Bytes by which a process that stays near the limit must have grown before freed memory is given back again: giving
+# back costs time, because pages that are used again have to be found and cleared again.
 STEP = 16 << 20
 
 _STATM = Path("/proc/self/statm")
 
 
 class Heap:
-    """Keeps a process near `limit` bytes from holding what it has freed.
+    """Keeps a process below `limit` bytes from holding what it has freed: between two calls of `settle` it may take
+    `headroom` more bytes.
 
     Before glibc 2.38 an aligned block that was freed is not found again for another of its size (glibc bug 14581): the
     heap grows instead. torch's tensors are such blocks; one pass over long prompts came to hold six times what it had
     in use. Elsewhere than with glibc on Linux nothing is done.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._trim = limit, _malloc_trim()
-        self._threshold = limit - MARGIN
+    def __init__(self, limit: int, headroom: int) -> None:
+        self._enough, self._trim = limit - headroom, _malloc_trim()
+        self._threshold = self._enough
 
     def settle(self) -> None:
         """To be called wherever much may have been freed since the last time."""
         if self._trim is not None and resident_bytes() > self._threshold:
             self._trim()
-            self._threshold = max(self._limit - MARGIN, resident_bytes() + STEP)
+            self._threshold = max(self._enough, resident_bytes() + STEP)
 
 
 def resident_bytes() -> int:

@@ -33,6 +33,7 @@ def logits_at_once(vocab_size: int) -> int:
 
 
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
+_GIVEN_BACK = {"activations", "logits"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,11 @@ def peak_bytes(items: Iterable[Need]) -> dict[Tier, int]:
 def kv_bytes(items: Iterable[Need]) -> int:
     """Bytes of the KV cache on all tiers."""
     return sum(item.nbytes for item in items if item.what == "KV cache")
+
+
+def working_bytes(items: Iterable[Need]) -> int:
+    """Bytes of the device that calls take and give back while a pass walks through the layers."""
+    return sum(item.nbytes for item in items if item.tier is Tier.DEVICE and item.what in _GIVEN_BACK)
 
 
 def first_used_bytes(items: Iterable[Need]) -> int:

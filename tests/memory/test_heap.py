@@ -7,7 +7,7 @@ import torch
 
 from flexbatch.memory import heap
 from flexbatch.memory.direct_io import AlignedBuffer
-from flexbatch.memory.heap import MARGIN, Heap, resident_bytes
+from flexbatch.memory.heap import STEP, Heap, resident_bytes
 
 MIB = 1 << 20
 
@@ -23,7 +23,7 @@ def holes() -> list[torch.Tensor]:
 def test_freed_memory_is_given_back_near_the_limit() -> None:
     kept = holes()
     before = resident_bytes()
-    Heap(before + MARGIN // 2).settle()
+    Heap(before + 16 * MIB, headroom=32 * MIB).settle()
     assert before - resident_bytes() > 100 * MIB
     assert all((block == 1).all() for block in kept)
 
@@ -31,19 +31,27 @@ def test_freed_memory_is_given_back_near_the_limit() -> None:
 def test_far_from_the_limit_it_stays_for_the_next_use() -> None:
     kept = holes()
     before = resident_bytes()
-    Heap(before + 2 * MARGIN).settle()
+    Heap(before + 64 * MIB, headroom=32 * MIB).settle()
     assert resident_bytes() > before - 16 * MIB
+    assert len(kept) == 40
+
+
+def test_a_step_that_takes_more_is_given_room_earlier() -> None:
+    kept = holes()
+    before = resident_bytes()
+    Heap(before + 64 * MIB, headroom=96 * MIB).settle()
+    assert before - resident_bytes() > 100 * MIB
     assert len(kept) == 40
 
 
 def test_it_is_not_asked_for_again_before_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(heap, "_malloc_trim", lambda: lambda: calls.append(True))
-    full = Heap(limit=MIB)
+    full = Heap(limit=MIB, headroom=0)
     full.settle()
     full.settle()
     assert len(calls) == 1
-    grown = AlignedBuffer(64 * MIB)  # beside the heap, which may still have room
+    grown = AlignedBuffer(4 * STEP)  # beside the heap, which may still have room
     grown.tensor.fill_(1)
     full.settle()
     assert len(calls) == 2
