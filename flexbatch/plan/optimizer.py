@@ -31,6 +31,10 @@ CLOSE = 0.002
 # Part of the time for which twice the memory is not taken.
 NOTHING_TO_SPEAK_OF = 0.01
 
+# Rows whose plan a longer job follows where all is resident in main memory. The longer the job, the more slots still
+# bring a little, because it pays only once for filling and emptying them; but what a job holds must not grow with it.
+ENOUGH_ROWS = 1000
+
 
 def choose_policy(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig
@@ -62,16 +66,50 @@ def _best(
     limits: Limits,
     base: Policy,
 ) -> Prediction | None:
-    """The fastest policy of `base`'s form inside the limits; None where nothing fits."""
+    """The fastest policy of `base`'s form inside the limits; None where nothing fits. A job of many rows holds no more
+    memory than one of `ENOUGH_ROWS`, where that is all it needs."""
+    like_shorter = _like_a_shorter_job(spec, hardware, workload, offload, limits, base)
+    if like_shorter is not None:
+        return like_shorter
     search = _manual if offload.policy == "manual" else _automatic
     candidates = search(spec, hardware, workload, offload, limits, base)
     feasible = [made for made in candidates if limits.exceeded(made.peak) is None]
     if not feasible:
         return None
     best = pick(feasible)
-    if offload.policy == "auto" and offload.slots == "auto":
+    if _chooses_slots(offload):
         best = _modest(spec, hardware, workload, best)
     return best
+
+
+def _like_a_shorter_job(
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    workload: Workload,
+    offload: OffloadConfig,
+    limits: Limits,
+    base: Policy,
+) -> Prediction | None:
+    """What a job of `ENOUGH_ROWS` of these rows would follow, with what it takes for all of them. None where the job is
+    no longer than that, its slots are not the plan's to choose, or not all would be resident in main memory."""
+    is_long = workload.rows > ENOUGH_ROWS and limits.one_memory and _chooses_slots(offload)
+    if not (is_long and fits(spec, hardware, workload, base, limits)):
+        return None
+    shorter = _best(spec, hardware, replace(workload, rows=ENOUGH_ROWS), offload, limits, base)
+    if shorter is None or not _is_resident(shorter.policy):
+        return None
+    if not fits(spec, hardware, workload, shorter.policy, limits):
+        return None
+    return predict(spec, hardware, workload, shorter.policy)
+
+
+def _chooses_slots(offload: OffloadConfig) -> bool:
+    return offload.policy == "auto" and offload.slots == "auto"
+
+
+def _is_resident(policy: Policy) -> bool:
+    """Whether weights and cache are all on the device."""
+    return policy.weights.device >= 1.0 and policy.kv.device >= 1.0
 
 
 def frontier(
@@ -97,7 +135,7 @@ def pick(predictions: Sequence[Prediction]) -> Prediction:
 def _modest(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, best: Prediction) -> Prediction:
     """`best`, or where all is resident half its slots again and again, as long as that costs next to no time: a small
     model's cache would otherwise grow with the dataset, for nothing."""
-    if best.policy.weights.device < 1.0 or best.policy.kv.device < 1.0:
+    if not _is_resident(best.policy):
         return best
     modest = best
     while modest.policy.slots > 1:

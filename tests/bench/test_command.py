@@ -62,6 +62,18 @@ def test_scaling_says_what_each_further_row_costs(tmp_path: Path) -> None:
     assert large["peak_resident_bytes"] > 0
 
 
+@pytest.mark.slow
+def test_ten_times_a_thousand_rows_take_no_more_memory(tmp_path: Path) -> None:
+    ran = _bench(
+        "bench.workload=scaling", "model=opt-tiny", f"model.cache_dir={tmp_path}",
+        "bench.row_counts=[1000,10000]", "bench.new_tokens=8", "bench.prompt_tokens=64",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    few, many = json.loads(ran.stdout.strip().splitlines()[-1])["scaling"]
+    # Rows read ahead are all there only from some thousands on, and other samples of lengths tip close plans: a tenth.
+    assert many["peak_resident_bytes"] <= 1.1 * few["peak_resident_bytes"]
+
+
 def test_a_model_of_unknown_shape_is_refused_with_a_remedy(tmp_path: Path) -> None:
     config = load_config(["model=hf", f"model.path={tmp_path / 'nothing'}"])
     with pytest.raises(ConfigError, match=r"model=opt-1\.3b"):

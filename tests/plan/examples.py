@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.model_spec import ModelSpec
 
-CONF = Path(__file__).parents[2] / "conf"
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
 GIB = 1 << 30
 
 
@@ -21,6 +23,12 @@ GIB = 1 << 30
 def model(name: str, dtype: str = "bfloat16") -> ModelSpec:
     config = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["config"]
     return spec_from_config(config, name, stored_dtype=dtype, compute_dtype=dtype)
+
+
+@cache
+def tiny_model() -> ModelSpec:
+    """The model that comes with flexbatch."""
+    return spec_from_config(json.loads((ROOT / "flexbatch/embedded/opt_tiny/config.json").read_text()), "opt-tiny")
 
 
 @cache

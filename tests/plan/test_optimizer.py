@@ -19,7 +19,7 @@ from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
-from tests.plan.examples import GIB, machine, model
+from tests.plan.examples import GIB, machine, model, tiny_model
 
 EIGHTHS = [Shares(device / 8, 0.0) for device in range(9)]
 
@@ -90,6 +90,18 @@ def test_the_optimiser_agrees_with_brute_force(memory: str) -> None:
 def test_a_dataset_shorter_than_the_slots_shrinks_them() -> None:
     policy, _ = choose_policy(model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(3), OffloadConfig(slots=64))
     assert policy.slots == 3
+
+
+@pytest.mark.parametrize("hardware", ["cpu-2core", "cpu-2core-avx2", "cpu-2core-amx"])
+def test_from_a_thousand_rows_on_a_tiny_model_holds_the_same_memory(hardware: str) -> None:
+    spec, profile = tiny_model(), machine(hardware)
+    jobs = {
+        rows: choose_policy(spec, profile, Workload.uniform(rows, 64, 32), OffloadConfig())[1]
+        for rows in (1000, 3000, 10_000, 1_000_000)
+    }
+    assert {job.peak[Tier.DEVICE] for job in jobs.values()} == {jobs[1000].peak[Tier.DEVICE]}
+    per_row = [job.seconds / rows for rows, job in jobs.items()]
+    assert per_row == sorted(per_row, reverse=True)
 
 
 @pytest.mark.parametrize("key", ["device_memory", "host_memory"])
