@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flexbatch.errors import ConfigError, FlexbatchError, Interrupted
-from flexbatch.waiting import wait_shortly
+from flexbatch.torch_environment import prepare_torch
 
 if TYPE_CHECKING:
     from flexbatch.config import Config
@@ -43,7 +43,7 @@ Without a verb it is run; without overrides job=helm_eval model=opt-tiny. For ex
 
 def run(arguments: Sequence[str]) -> int:
     config, overrides = parse(arguments)
-    wait_shortly()
+    prepare_torch()
 
     from flexbatch import pipeline
     from flexbatch.interrupt import StopSignal
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def plan(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments)
-    wait_shortly()
+    prepare_torch()
 
     from flexbatch import pipeline
 
@@ -92,7 +92,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def chat(arguments: Sequence[str]) -> int:
-    wait_shortly()
+    prepare_torch()
 
     from flexbatch.chat.command import DEFAULTS, chat
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from flexbatch.bench.trial import Outcome, read_trial, write_record
 from flexbatch.errors import FlexbatchError
 from flexbatch.memory.main_memory import peak_resident_bytes
-from flexbatch.waiting import wait_shortly
+from flexbatch.torch_environment import prepare_torch
 
 # Module and function, `function(trial) -> Outcome`; imported one at a time, because each imports much.
 ENGINES = {
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
     if engine in WAITING_SHORTLY:
-        wait_shortly()
+        prepare_torch()
     trial = read_trial(Path(record))
     try:
         module, function = ENGINES[engine]

@@ -31,7 +31,13 @@ POWERS = (1.3400433e-3, 9.676037e-3, 5.5503272e-2, 0.24022107, 0.6931472, 1.0000
 @cache
 def multiplies_pairs() -> bool:
     """Whether this processor has the instructions, and no better ones that torch would use (AMX)."""
-    return _has("avx512f", "avx512bw", "avx512bf16") and not _has("amx-bf16")
+    return _has("avx512f", "avx512bw", "avx512bf16") and not multiplies_tiles()
+
+
+@cache
+def multiplies_tiles() -> bool:
+    """Whether this processor multiplies tiles of sixteen rows of bfloat16 (AMX)."""
+    return _has("amx-bf16")
 
 
 @cache

@@ -11,6 +11,10 @@ from pathlib import Path
 # back costs time, because pages that are used again have to be found and cleared again.
 STEP = 16 << 20
 
+# What a run touches of libraries' files, and what the kernel keeps for the process. A limit counts it even while the
+# kernel has just taken pages of files away.
+BESIDE = 64 << 20
+
 _STATM = Path("/proc/self/statm")
 
 
@@ -29,14 +33,15 @@ class Heap:
 
     def settle(self) -> None:
         """To be called wherever much may have been freed since the last time."""
-        if self._trim is not None and resident_bytes() > self._threshold:
+        if self._trim is not None and counted_bytes() > self._threshold:
             self._trim()
-            self._threshold = max(self._enough, resident_bytes() + STEP)
+            self._threshold = max(self._enough, counted_bytes() + STEP)
 
 
-def resident_bytes() -> int:
-    """Main memory that this process holds now, pages of files included (proc(5), statm)."""
-    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def counted_bytes() -> int:
+    """Main memory that counts as this process's: its own, and files' pages or what stands for them (proc(5), statm)."""
+    resident, of_files = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in _STATM.read_bytes().split()[1:3])
+    return resident - of_files + max(of_files, BESIDE)
 
 
 def _malloc_trim() -> Callable[[], object] | None:

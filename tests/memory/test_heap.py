@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from flexbatch.memory import heap
 from flexbatch.memory.direct_io import AlignedBuffer
-from flexbatch.memory.heap import STEP, Heap, resident_bytes
+from flexbatch.memory.heap import STEP, Heap, counted_bytes
 
 MIB = 1 << 20
 
@@ -22,26 +25,35 @@ def holes() -> list[torch.Tensor]:
 
 def test_freed_memory_is_given_back_near_the_limit() -> None:
     kept = holes()
-    before = resident_bytes()
+    before = counted_bytes()
     Heap(before + 16 * MIB, headroom=32 * MIB).settle()
-    assert before - resident_bytes() > 100 * MIB
+    assert before - counted_bytes() > 100 * MIB
     assert all((block == 1).all() for block in kept)
 
 
 def test_far_from_the_limit_it_stays_for_the_next_use() -> None:
     kept = holes()
-    before = resident_bytes()
+    before = counted_bytes()
     Heap(before + 64 * MIB, headroom=32 * MIB).settle()
-    assert resident_bytes() > before - 16 * MIB
+    assert counted_bytes() > before - 16 * MIB
     assert len(kept) == 40
 
 
 def test_a_step_that_takes_more_is_given_room_earlier() -> None:
     kept = holes()
-    before = resident_bytes()
+    before = counted_bytes()
     Heap(before + 64 * MIB, headroom=96 * MIB).settle()
-    assert before - resident_bytes() > 100 * MIB
+    assert before - counted_bytes() > 100 * MIB
     assert len(kept) == 40
+
+
+def test_files_pages_that_the_kernel_took_away_still_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    statm, page = tmp_path / "statm", os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(heap, "_STATM", statm)
+    statm.write_text(f"900000 {(500 * MIB + heap.BESIDE) // page} {heap.BESIDE // page} 1 0 1 0")
+    before = counted_bytes()
+    statm.write_text(f"900000 {500 * MIB // page} 0 1 0 1 0")
+    assert counted_bytes() == before == 500 * MIB + heap.BESIDE
 
 
 def test_it_is_not_asked_for_again_before_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
