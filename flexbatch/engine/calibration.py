@@ -36,8 +36,8 @@ MEASUREMENT_VERSION = 23
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05
 
-# Memory that the process takes beyond what it has when the plan is made: 55 MiB of libraries that it needs after all and
-# of the system's own, some 80 of modules, tokens, threads and compiled products, and what the heap keeps.
+# Memory that the process takes beyond what it has when the plan is made: 55 MiB of libraries that it needs after all
+# and of the system's own, some 80 of modules, tokens, threads and compiled products, and what the heap keeps.
 PROCESS_GROWTH = 152 << 20
 
 

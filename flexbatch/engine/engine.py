@@ -154,7 +154,7 @@ class Engine:
         return row
 
     def _one_pass(self, this: _Pass) -> None:
-        self._arena.advance()
+        self._arena.advance(self._slots_in_use)
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
         if self._all_came and not (self._waiting or parts or joining):
@@ -198,7 +198,7 @@ class Engine:
         splittable = [self._may_be_split(row) for row in self._waiting]
         admitted = self._admission.admit(own, splittable, len(free), idle=not self._slots.live and entering is None)
         if admitted.sizes:
-            self._arena.reserve(len(admitted.sizes) - 1)
+            self._arena.reserve(len(admitted.sizes) - 1, self._slots_in_use)
         joining, new_prefixes = self._batches([self._waiting.popleft() for _ in range(admitted.whole)], free)
         parts = [entering.next_part(self._arena.end)] if entering is not None else []
         if admitted.complete:
@@ -209,6 +209,12 @@ class Engine:
         this.prefill_tokens += sum(len(part.tokens) for part in parts) + sum(own[: admitted.whole])
         this.prefill_tokens += sum(len(prefix) for prefix in new_prefixes)
         return parts, joining, new_prefixes
+
+    @property
+    def _slots_in_use(self) -> int:
+        """Up to the last one with a row's keys and values."""
+        entering = self._entering.slot + 1 if self._entering is not None else 0
+        return max(len(self._slots.up_to_last), entering)
 
     def _may_be_split(self, row: GrowingRow) -> bool:
         """Rows with a shared prefix are short without it, and those that need no slot have nowhere to keep a part."""

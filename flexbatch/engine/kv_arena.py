@@ -226,18 +226,19 @@ class KVArena:
             LayerStore(index, slots, self.columns, each, storage, forms, expansion) for index, each in enumerate(counts)
         ]
 
-    def advance(self) -> None:
-        """The next pass's column; shifts the arena where the columns have run out."""
+    def advance(self, slots: int) -> None:
+        """The next pass's column; shifts the first `slots` slots where the columns have run out."""
         self.end += 1
-        self.reserve(0)
+        self.reserve(0, slots)
 
-    def reserve(self, ahead: int) -> None:
-        """Sees to it that the columns up to `end + ahead` (`ahead` less than the slack) exist; else shifts it."""
+    def reserve(self, ahead: int, slots: int) -> None:
+        """Sees to it that the columns up to `end + ahead` (`ahead` less than the slack) exist; else shifts the first
+        `slots` slots, those that rows are in. Others would only take memory by it that they did not have yet."""
         if self.end + ahead < self.columns:
             return
         by = self.end - self.span
         for layer in self.layers:
-            layer.shift(by, self._in_use)
+            layer.shift(by, slots)
         self.end -= by
 
     def give_back(self, slots: int) -> int:

@@ -116,16 +116,19 @@ def test_waits_and_bytes_are_counted_on_when_the_stream_begins_anew(tmp_path: Pa
     assert min(sum(result.bytes_moved.values()) for result in passes) >= 0
 
 
-def test_an_arena_that_is_shifted_leaves_alone_what_was_given_back(tmp_path: Path) -> None:
-    """Copying free slots would bring their pages back, beside the weights that took their place."""
-    running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
-    arena = running._arena
-    answer(running, asked())
+@pytest.mark.parametrize("resident", [1.0, 0.2])
+def test_an_arena_that_is_shifted_leaves_alone_what_no_row_is_in(resident: float, tmp_path: Path) -> None:
+    """Copying free slots would bring pages that were never touched, or those that were given back to weights."""
+    running = opened("opt", Policy(Shares(resident, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
+    request = Request(0, prompts(1, LONGEST)[0], Sampling(max_new_tokens=NEW_TOKENS))
+    ends = []
     with torch.inference_mode():
-        for layer in arena.layers:
-            for part in layer.segments[0].parts:
-                part[1:].fill_(7)
-        arena.reserve(arena.columns - arena.end)
-        for layer in arena.layers:
-            for part in layer.segments[0].parts:
-                assert part[1:].eq(7).all()
+        for number, _ in enumerate(running.run(iter([request]))):
+            parts = [part for layer in running._arena.layers for part in layer.segments[0].parts]
+            if number == 1:
+                for part in parts:
+                    part[1:].fill_(7)
+            ends.append(running._arena.end)
+        assert sorted(ends) != ends
+        assert all(part[1:].eq(7).all() for part in parts)
+    running.close()
