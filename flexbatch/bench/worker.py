@@ -26,15 +26,15 @@ ENGINES = {
     "roofline": ("machine_limits", "run"),
     "checkpoint": ("checkpoint_maker", "run"),
 }
-WAITING_SHORTLY = ("flexbatch", "policies", "roofline")
-"""Whose threads wait as those of `flexbatch run` do; a peer's as they would by themselves."""
+AS_IN_A_RUN = ("flexbatch", "policies", "roofline")
+"""For which torch is prepared as `flexbatch run` does it; for a peer it is as it would be by itself."""
 
 
 def main(arguments: Sequence[str]) -> int:
     engine, record, answer = arguments
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
-    if engine in WAITING_SHORTLY:
+    if engine in AS_IN_A_RUN:
         prepare_torch()
     trial = read_trial(Path(record))
     try:

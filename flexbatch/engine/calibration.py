@@ -114,12 +114,12 @@ def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
 
 def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
     """What is free now. On a CPU the device's memory counts what this process already holds, as limits do."""
-    held = _held_bytes()
     free = available_memory()
     disk = shutil.disk_usage(disk_folder).free
     if device.type == "cuda":
         on_device, _ = torch.cuda.mem_get_info(device)
         return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
+    held = _held_bytes()
     return {
         # Pages of shared libraries that the process holds may be charged to another group than its own.
         "device_memory": min(free + held - _left_to_others(), memory_limit()),
@@ -130,6 +130,7 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
 
 
 def _held_bytes() -> int:
+    """What this process holds once it has given back what only its start needed."""
     release_library_pages()
     held: int = psutil.Process().memory_info().rss
     return held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
@@ -36,6 +36,24 @@ NOTHING_TO_SPEAK_OF = 0.01
 ENOUGH_ROWS = 1000
 
 
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """For what the fastest policy of `base`'s form inside the limits is looked for."""
+
+    spec: ModelSpec
+    hardware: HardwareProfile
+    workload: Workload
+    offload: OffloadConfig
+    limits: Limits
+    base: Policy
+
+    def fits(self, policy: Policy) -> bool:
+        return fits(self.spec, self.hardware, self.workload, policy, self.limits)
+
+    def predict(self, policy: Policy) -> Prediction:
+        return predict(self.spec, self.hardware, self.workload, policy)
+
+
 def choose_policy(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig
 ) -> tuple[Policy, Prediction]:
@@ -45,62 +63,42 @@ def choose_policy(
     exceed the rows. Raises `CapacityError` that names the limit and the smallest change that makes the run feasible.
     """
     check_formats(spec, hardware, offload)
-    base = base_policy(offload)
-    limits = limits_of(hardware, offload)
-    plain, compressed = _best(spec, hardware, workload, offload, limits, base), None
+    search = _Search(spec, hardware, workload, offload, limits_of(hardware, offload), base_policy(offload))
+    plain, compressed = _best(search), None
     if may_compress(spec, hardware, offload) and (plain is None or plain.policy.weights.disk > 0):
-        compressed = _best(spec, hardware, workload, offload, limits, replace(base, compressed=True))
+        compressed = _best(replace(search, base=replace(search.base, compressed=True)))
     best = plain or compressed
     if best is None:
-        raise infeasible(spec, hardware, workload, offload, limits)
+        raise infeasible(spec, hardware, workload, offload, search.limits)
     if plain and compressed and is_worth(offload.compressed_file, spec, hardware, compressed, plain):
         best = compressed
     return best.policy, best
 
 
-def _best(
-    spec: ModelSpec,
-    hardware: HardwareProfile,
-    workload: Workload,
-    offload: OffloadConfig,
-    limits: Limits,
-    base: Policy,
-) -> Prediction | None:
-    """The fastest policy of `base`'s form inside the limits; None where nothing fits. A job of many rows holds no more
-    memory than one of `ENOUGH_ROWS`, where that is all it needs."""
-    like_shorter = _like_a_shorter_job(spec, hardware, workload, offload, limits, base)
+def _best(search: _Search) -> Prediction | None:
+    """The fastest policy; None where nothing fits. A job of many rows holds no more memory than one of `ENOUGH_ROWS`,
+    where that is all it needs."""
+    like_shorter = _like_a_shorter_job(search)
     if like_shorter is not None:
         return like_shorter
-    search = _manual if offload.policy == "manual" else _automatic
-    candidates = search(spec, hardware, workload, offload, limits, base)
-    feasible = [made for made in candidates if limits.exceeded(made.peak) is None]
+    candidates = _manual(search) if search.offload.policy == "manual" else _automatic(search)
+    feasible = [made for made in candidates if search.limits.exceeded(made.peak) is None]
     if not feasible:
         return None
     best = pick(feasible)
-    if _chooses_slots(offload):
-        best = _modest(spec, hardware, workload, best)
-    return best
+    return _modest(search, best) if _chooses_slots(search.offload) else best
 
 
-def _like_a_shorter_job(
-    spec: ModelSpec,
-    hardware: HardwareProfile,
-    workload: Workload,
-    offload: OffloadConfig,
-    limits: Limits,
-    base: Policy,
-) -> Prediction | None:
+def _like_a_shorter_job(search: _Search) -> Prediction | None:
     """What a job of `ENOUGH_ROWS` of these rows would follow, with what it takes for all of them. None where the job is
     no longer than that, its slots are not the plan's to choose, or not all would be resident in main memory."""
-    is_long = workload.rows > ENOUGH_ROWS and limits.one_memory and _chooses_slots(offload)
-    if not (is_long and fits(spec, hardware, workload, base, limits)):
+    is_long = search.workload.rows > ENOUGH_ROWS and search.limits.one_memory and _chooses_slots(search.offload)
+    if not (is_long and search.fits(search.base)):
         return None
-    shorter = _best(spec, hardware, replace(workload, rows=ENOUGH_ROWS), offload, limits, base)
-    if shorter is None or not _is_resident(shorter.policy):
+    shorter = _best(replace(search, workload=replace(search.workload, rows=ENOUGH_ROWS)))
+    if shorter is None or not (_is_resident(shorter.policy) and search.fits(shorter.policy)):
         return None
-    if not fits(spec, hardware, workload, shorter.policy, limits):
-        return None
-    return predict(spec, hardware, workload, shorter.policy)
+    return search.predict(shorter.policy)
 
 
 def _chooses_slots(offload: OffloadConfig) -> bool:
@@ -132,14 +130,14 @@ def pick(predictions: Sequence[Prediction]) -> Prediction:
     return min(close, key=lambda prediction: (prediction.policy.slots, prediction.seconds))
 
 
-def _modest(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, best: Prediction) -> Prediction:
+def _modest(search: _Search, best: Prediction) -> Prediction:
     """`best`, or where all is resident half its slots again and again, as long as that costs next to no time: a small
     model's cache would otherwise grow with the dataset, for nothing."""
     if not _is_resident(best.policy):
         return best
     modest = best
     while modest.policy.slots > 1:
-        fewer = predict(spec, hardware, workload, replace(modest.policy, slots=modest.policy.slots // 2))
+        fewer = search.predict(replace(modest.policy, slots=modest.policy.slots // 2))
         if fewer.seconds > best.seconds * (1.0 + NOTHING_TO_SPEAK_OF):
             break
         modest = fewer
@@ -156,16 +154,11 @@ def check_formats(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadCo
         )
 
 
-def _automatic(
-    spec: ModelSpec,
-    hardware: HardwareProfile,
-    workload: Workload,
-    offload: OffloadConfig,
-    limits: Limits,
-    base: Policy,
-) -> Iterator[Prediction]:
+def _automatic(search: _Search) -> Iterator[Prediction]:
     """The linear program's best candidates, rounded and predicted: a coarse search, then a fine one around its best."""
-    forms = [replace(base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
+    spec, hardware, workload, offload = search.spec, search.hardware, search.workload, search.offload
+    limits = search.limits
+    forms = [replace(search.base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
     coarse = [
         replace(form, slots=slots, prefill_tokens=steady_tokens(workload, offload, slots, form))
@@ -184,15 +177,15 @@ def _automatic(
         rounded = fitted(spec, hardware, workload, policy, limits)
         if rounded is not None:
             found += 1
-            yield predict(spec, hardware, workload, filled(spec, hardware, workload, rounded, limits))
+            yield search.predict(filled(spec, hardware, workload, rounded, limits))
     if not found:
         # So little room that the linear program's margins do not fit: nothing resident, as many slots as there may be;
         # the cache on disk only where no slot fits otherwise.
         for kv in (ALL_DEVICE, NOTHING_RESIDENT):
             away = [replace(policy, kv=kv) for policy in coarse]
             tried = [replace(each, weights=least_resident(spec, each)) for each in away]
-            fitting = [policy for policy in tried if fits(spec, hardware, workload, policy, limits)]
-            yield from (predict(spec, hardware, workload, policy) for policy in fitting)
+            fitting = [policy for policy in tried if search.fits(policy)]
+            yield from (search.predict(policy) for policy in fitting)
             if fitting:
                 return
 
@@ -251,17 +244,11 @@ def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad
     return tuple(kinds)
 
 
-def _manual(
-    spec: ModelSpec,
-    hardware: HardwareProfile,
-    workload: Workload,
-    offload: OffloadConfig,
-    limits: Limits,
-    base: Policy,
-) -> Iterator[Prediction]:
+def _manual(search: _Search) -> Iterator[Prediction]:
     """The user's shares, with every slots and prefill that he left open."""
+    offload, workload = search.offload, search.workload
     weights, kv, hidden = Policy.percent_shares(list(offload.percent))
-    base = replace(base, weights=weights, kv=kv, hidden=hidden)
+    base = replace(search.base, weights=weights, kv=kv, hidden=hidden)
     for policy in enumerated(workload, offload, base, slot_counts(workload, offload)):
-        if fits(spec, hardware, workload, policy, limits):
-            yield predict(spec, hardware, workload, policy)
+        if search.fits(policy):
+            yield search.predict(policy)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,14 +50,19 @@ def test_the_last_line_is_one_json_object_with_every_engine(tmp_path: Path) -> N
     assert any("memory" in condition or "LIMIT" in condition for condition in result["conditions"])
 
 
+def _scaling(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """What the scaling benchmark says of each number of rows."""
+    ran = _bench(
+        "bench.workload=scaling", "model=opt-tiny", f"model.cache_dir={folder}", "bench.prompt_tokens=64", *overrides
+    )
+    assert ran.returncode == 0, ran.stderr
+    scaling: list[dict[str, Any]] = json.loads(ran.stdout.strip().splitlines()[-1])["scaling"]
+    return scaling
+
+
 @pytest.mark.slow
 def test_scaling_says_what_each_further_row_costs(tmp_path: Path) -> None:
-    ran = _bench(
-        "bench.workload=scaling", "model=opt-tiny", f"model.cache_dir={tmp_path}",
-        "bench.row_counts=[4,12]", "bench.new_tokens=2", "bench.prompt_tokens=64",
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    small, large = json.loads(ran.stdout.strip().splitlines()[-1])["scaling"]
+    small, large = _scaling(tmp_path, "bench.row_counts=[4,12]", "bench.new_tokens=2")
     assert (small["rows"], large["rows"]) == (4, 12)
     assert small["milliseconds_per_further_row"] is None
     assert large["peak_resident_bytes"] > 0
@@ -64,12 +70,7 @@ def test_scaling_says_what_each_further_row_costs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_times_a_thousand_rows_take_no_more_memory(tmp_path: Path) -> None:
-    ran = _bench(
-        "bench.workload=scaling", "model=opt-tiny", f"model.cache_dir={tmp_path}",
-        "bench.row_counts=[1000,10000]", "bench.new_tokens=8", "bench.prompt_tokens=64",
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    few, many = json.loads(ran.stdout.strip().splitlines()[-1])["scaling"]
+    few, many = _scaling(tmp_path, "bench.row_counts=[1000,10000]", "bench.new_tokens=8")
     # Rows read ahead are all there only from some thousands on, and other samples of lengths tip close plans: a tenth.
     assert many["peak_resident_bytes"] <= 1.1 * few["peak_resident_bytes"]
 
