@@ -28,7 +28,8 @@ from flexbatch.engine.linear_layers import as_multiplied, product
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
-from flexbatch.memory.int8_linear import int8_layout, int8_linear
+from flexbatch.memory.int8_layout import int8_layout
+from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 

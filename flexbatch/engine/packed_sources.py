@@ -26,7 +26,8 @@ from flexbatch.engine.model import SteppedModel
 from flexbatch.kernels.exponent_codes import Expansion, expand
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.compressed_weight import CompressedLayout, PlainLayout, compressed_layouts
-from flexbatch.memory.int8_linear import IntegerLayout, int8_layout, int8_linear
+from flexbatch.memory.int8_layout import IntegerLayout, int8_layout
+from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.packed_file import OnProgress, PackedTensor, holds_none, is_begun, open_packed
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantizable

@@ -52,18 +52,30 @@ def _threads(numbers: torch.Tensor) -> int | None:
     return 1 if numbers.numel() < SMALL or torch.get_num_threads() <= FEW_THREADS else None
 
 
+@njit(nogil=True)
+def rounded_row(numbers: Any, values: Any, zero_point: int) -> Any:
+    """bfloat16 `numbers` as int8 in `values`, `zero_point` added in eight bits; their scale."""
+    largest = np.uint16(0)
+    for index in range(len(numbers)):
+        largest = max(largest, np.uint16(numbers[index] & SIZE))
+    scale = max(widened(largest) / LARGEST, TINY)
+    times = np.float32(1) / scale
+    for index in range(len(numbers)):
+        values[index] = np.int8(np.int32(np.rint(widened(numbers[index]) * times)) + zero_point)
+    return scale
+
+
+@njit(nogil=True, inline="always")
+def scaled_sum(total: Any, row_scale: Any, column_scale: Any, offset: Any) -> Any:
+    """The bfloat16 nearest to a sum of products, scaled in float32."""
+    return narrowed(np.float32(total) * row_scale * column_scale + offset)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _round(rows: Any, values: Any, scale: Any, zero_point: int, first: int, step: int) -> None:
     """Every `step`-th row from `first` on."""
     for row in range(first, rows.shape[0], step):
-        numbers, target = rows[row], values[row]
-        largest = np.uint16(0)
-        for index in range(len(numbers)):
-            largest = max(largest, np.uint16(numbers[index] & SIZE))
-        scale[row] = max(widened(largest) / LARGEST, TINY)
-        times = np.float32(1) / scale[row]
-        for index in range(len(numbers)):
-            target[index] = np.int8(np.int32(np.rint(widened(numbers[index]) * times)) + zero_point)
+        scale[row] = rounded_row(rows[row], values[row], zero_point)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -72,4 +84,4 @@ def _scale(sums: Any, row_scale: Any, column_scale: Any, offset: Any, out: Any, 
     for row in range(first, sums.shape[0], step):
         source, target, times = sums[row], out[row], row_scale[row]
         for index in range(len(source)):
-            target[index] = narrowed(np.float32(source[index]) * times * column_scale[index] + offset[index])
+            target[index] = scaled_sum(source[index], times, column_scale[index], offset[index])

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 WAKING = 1 << 24
@@ -48,13 +47,19 @@ def new_counter() -> Any:
     return np.zeros(1, np.int64)
 
 
-def _take(_context: Any, counter: Any) -> Any:
+def _add_to(_context: Any, counter: Any, many: Any) -> Any:  # noqa: ARG001 - Numba wants the name
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         memory = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", memory, ir.IntType(64)(1), "monotonic")
+        return builder.atomic_rmw("add", memory, arguments[1], "seq_cst")
 
-    return types.int64(counter), generate
+    return types.int64(counter, types.int64), generate
 
 
-take: Any = intrinsic(_take)
-"""In a kernel: the number of the next piece, from 0 on; no two threads get the same one."""
+add_to: Any = intrinsic(_add_to)
+"""In a kernel: adds to a counter that other threads see; what it was before."""
+
+
+@njit(nogil=True, inline="always")
+def take(counter: Any) -> Any:
+    """In a kernel: the number of the next piece, from 0 on; no two threads get the same one."""
+    return add_to(counter, 1)

@@ -31,28 +31,29 @@ POWERS = (1.3400433e-3, 9.676037e-3, 5.5503272e-2, 0.24022107, 0.6931472, 1.0000
 @cache
 def multiplies_pairs() -> bool:
     """Whether this processor has the instructions, and no better ones that torch would use (AMX)."""
-    return _has("avx512f", "avx512bw", "avx512bf16") and not multiplies_tiles()
+    return has_features("avx512f", "avx512bw", "avx512bf16") and not multiplies_tiles()
 
 
 @cache
 def multiplies_tiles() -> bool:
     """Whether this processor multiplies tiles of sixteen rows of bfloat16 (AMX)."""
-    return _has("amx-bf16")
+    return has_features("amx-bf16")
 
 
 @cache
 def multiplies_floats() -> bool:
     """Whether this processor has AVX2 and adds products without rounding them first."""
-    return _has("avx2", "fma")
+    return has_features("avx2", "fma")
 
 
 @cache
 def multiplies_integers() -> bool:
     """Whether this processor multiplies 8-bit integers four at a time (VNNI)."""
-    return _has("avx512vnni") or _has("avxvnni")
+    return has_features("avx512vnni") or has_features("avxvnni")
 
 
-def _has(*names: str) -> bool:
+def has_features(*names: str) -> bool:
+    """Whether this processor has what LLVM calls so."""
     features = llvm.get_host_cpu_features()
     return all(features.get(name) for name in names)
 
@@ -136,10 +137,11 @@ def _loop(
     new = list(sums)
     for each in range(many):
         new = add(builder.add(step, INT64(each)), new)
+    last = builder.block  # another one than `body` where a step has blocks of its own
     builder.branch(test)
     for phi, start, value in zip((step, *sums), (first, *starts), (following, *new), strict=True):
         phi.add_incoming(start, before)
-        phi.add_incoming(value, body)
+        phi.add_incoming(value, last)
     builder.position_at_end(done)
     return step, sums
 
@@ -171,7 +173,7 @@ def _operation(count: int, make: Callable[..., Any], result: Any = floats) -> An
 
 
 def _two_to(builder: Any, x: Any) -> Any:
-    scales = _has("avx512f")
+    scales = has_features("avx512f")
     if not scales:
         least = _constant(LEAST_POWER)
         x = builder.select(builder.fcmp_ordered("<", x, least), least, x)  # NaN stays

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
-from flexbatch.memory.int8_linear import int8_linear, quantize_rows
+from flexbatch.memory.int8_layout import quantize_rows
+from flexbatch.memory.int8_linear import int8_linear
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ from flexbatch.memory.blocked_weight import (
     linear,
     suits,
 )
-from flexbatch.memory.int8_linear import BlockedInt8Layout, Int8Layout, int8_layout, int8_linear
+from flexbatch.memory.int8_layout import BlockedInt8Layout, Int8Layout
+from flexbatch.memory.int8_linear import int8_linear
 
 bfloat16 = pytest.mark.skipif(not suits(torch.bfloat16), reason="no blocked bfloat16 weights on this machine")
 int8 = pytest.mark.skipif(not suits(torch.int8), reason="no blocked int8 weights on this machine")
@@ -73,8 +74,7 @@ def test_integer_sums_are_exact(rows: int, width: int, out: int, seed: int, larg
 @given(**SIZES)
 def test_8_bit_layers_are_the_same_in_either_layout(rows: int, width: int, out: int, seed: int) -> None:
     x, weight, bias = drawn(rows, width, seed=seed), drawn(out, width, seed=seed + 1), drawn(out, seed=seed + 2)
-    plain, blocked = Int8Layout((out, width)), int8_layout((out, width))
-    assert isinstance(blocked, BlockedInt8Layout)
+    plain, blocked = Int8Layout((out, width)), _blocked_int8((out, width))
     results = []
     for layout in (plain, blocked):
         values, scale = layout.pack(weight)
@@ -86,8 +86,8 @@ def test_8_bit_layers_are_the_same_in_either_layout(rows: int, width: int, out: 
 @int8
 def test_many_rows_are_multiplied_in_pieces_without_a_difference() -> None:
     x, weight = drawn(1100, 64, seed=1), drawn(5000, 64, seed=2)  # more sums than are made at a time
-    values, scale = int8_layout((5000, 64)).pack(weight)
-    laid_out = int8_layout((5000, 64)).weight(values)
+    values, scale = _blocked_int8((5000, 64)).pack(weight)
+    laid_out = _blocked_int8((5000, 64)).weight(values)
     alone = torch.cat([int8_linear(part, laid_out, scale) for part in x.split(100)])
     assert torch.equal(int8_linear(x, laid_out, scale), alone)
 
@@ -104,6 +104,10 @@ def test_views_of_a_weight_leave_no_memory_behind() -> None:
     for _ in range(2_000):
         blocked_bytes(weight)
     assert _resident_bytes() - before < 8 << 20  # a forgotten tensor takes 1.6 kB
+
+
+def _blocked_int8(shape: tuple[int, int]) -> BlockedInt8Layout:
+    return BlockedInt8Layout(shape, blocked_form(shape, torch.int8).key)
 
 
 def _resident_bytes() -> int:

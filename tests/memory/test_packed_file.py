@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from flexbatch.errors import CapacityError, FlexbatchError, ModelError, OutputError
 from flexbatch.memory import packing
 from flexbatch.memory.direct_io import DirectReader
-from flexbatch.memory.int8_linear import Int8Layout
+from flexbatch.memory.int8_layout import Int8Layout
 from flexbatch.memory.packed_file import Layout, PackedTensor, open_packed
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantize
 from flexbatch.memory.safetensors_index import SafetensorsIndex

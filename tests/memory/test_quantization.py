@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.errors import ConfigError
-from flexbatch.memory.int8_linear import Int8Layout, int8_linear, quantize_rows
+from flexbatch.memory.int8_layout import Int8Layout, quantize_rows
+from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import (
     QuantizedLayout,
     dequantize,

@@ -18,7 +18,8 @@ from flexbatch.engine.measurement import seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import EngineError
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
-from flexbatch.memory.int8_linear import int8_layout, int8_sums
+from flexbatch.memory.int8_layout import int8_layout
+from flexbatch.memory.int8_linear import int8_sums
 
 ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)
 CHUNK = 8 << 20
@@ -77,12 +78,12 @@ def int8_rate(shapes: Sequence[tuple[int, int]], rows: int) -> float:
     """The same for integer products (without the scaling of activations around them), weights laid as they are kept."""
     layouts = [int8_layout(tuple(shape)) for shape in shapes]
     stored = [layout.pack(torch.randn(layout.shape, dtype=torch.bfloat16))[0] for layout in layouts]
-    weights = [(layout.shape[1], layout.weight(values)) for layout, values in zip(layouts, stored, strict=True)]
+    weights = [(layout.shape, layout.weight(values)) for layout, values in zip(layouts, stored, strict=True)]
     inputs = {width: torch.randint(-9, 9, (rows, width), dtype=torch.int8) for _, width in shapes}
 
     def work() -> None:
-        for width, weight in weights:
-            int8_sums(inputs[width], weight)
+        for (out, width), weight in weights:
+            int8_sums(inputs[width], weight, out)
 
     return 2.0 * rows * sum(out * width for out, width in shapes) / least_seconds(work)
 

@@ -1,0 +1,154 @@
+"""Products of 32 rows by 32 columns of 8-bit integers in the tile registers of a CPU with AMX.
+
+A register holds sixteen rows of 64 bytes. Four of them hold the sums of 32 by 32 numbers, two the left matrix's rows,
+two the right one's columns (Intel's Optimization Reference Manual, chapter 20, "Blocking").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from flexbatch.kernels.vectors import INT32, INT64, accumulated, function, has_features, memory_of
+
+ROWS = 16
+"""Of a register."""
+LINE = 64
+"""Bytes of a register's row, and of a line of the cache."""
+TILE = ROWS * LINE
+"""Bytes of a register."""
+SIDE = 2 * ROWS
+"""Rows and columns whose sums are in registers together."""
+STEP = 2 * TILE
+"""Bytes of either matrix that are multiplied at a time: 32 rows of a line, and as much of 32 columns."""
+
+BYTE = ir.IntType(8)
+POINTER = BYTE.as_pointer()
+# Of the operating system: it keeps room for a thread's registers only after a process has asked for it.
+ARCH_PRCTL = 158
+ARCH_REQ_XCOMP_PERM = 0x1023
+XFEATURE_XTILEDATA = 18
+
+
+@cache
+def are_ours() -> bool:
+    """Whether this processor multiplies tiles of 8-bit integers, and the system lets this process use the registers."""
+    if not (sys.platform == "linux" and has_features("amx-tile", "amx-int8")):
+        return False
+    call = ctypes.CDLL(None).syscall
+    call.restype = ctypes.c_long
+    return bool(call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> None:
+    """One of LLVM's functions for tiles; plain numbers are registers."""
+    given = [BYTE(each) if isinstance(each, int) else each for each in arguments]
+    builder.call(function(builder, f"llvm.x86.{name}", ir.VoidType(), [each.type for each in given]), given)
+
+
+def _begin(_context: Any, shapes: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _call(builder, "ldtilecfg", builder.bitcast(_memory(context, builder, signature, arguments, 0), POINTER))
+        return context.get_dummy_value()
+
+    return types.void(shapes), generate
+
+
+def _end(_context: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _memory(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -> Any:
+    """Of the argument with this number, an array, as bytes."""
+    return builder.bitcast(memory_of(context, builder, signature.args[at], arguments[at]), POINTER)
+
+
+def _load(builder: Any, register: int, memory: Any, at: Any, stride: int) -> None:
+    _call(builder, "tileloadd64", register, builder.gep(memory, [at]), INT64(stride))
+
+
+def _prefetch(builder: Any, memory: Any, at: Any, lines: Any) -> None:
+    """Asks for lines of `memory` from `at` on, which may lie beyond it, for the second cache."""
+    fetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, INT32, INT32, INT32])
+
+    def ask(line: Any, _none: list[Any]) -> list[Any]:
+        place = builder.gep(memory, [builder.add(at, builder.mul(line, INT64(LINE)))])
+        builder.call(fetch, [place, INT32(0), INT32(2), INT32(1)])
+        return []
+
+    accumulated(builder, lines, [], ask)
+
+
+def _squares(product: str, rows: int) -> Any:
+    """The intrinsic that adds up products (by LLVM's instruction `product`) of `rows` registers of rows with two of
+    columns, for `steps` steps.
+
+    The rows' lines are in `left` from byte `own` on, `STEP` bytes a step; the columns' in `right` from `their` on, the
+    lines of both registers in turn. `sums` has a register's sums after another's; what is in it is added to unless
+    `before` is 0. At each step `lines` lines of `right` are asked for, from `ahead` on.
+    """
+    places = [(row, column) for row in range(rows) for column in range(2)]
+    left_registers, right_registers = (4, 5), (6, 7)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        left, right, sums = (_memory(context, builder, signature, arguments, at) for at in (0, 2, 5))
+        own, their, steps, before, lines, ahead = (arguments[at] for at in (1, 3, 4, 6, 7, 8))
+        targets = [INT64((2 * row + column) * TILE) for row, column in places]
+        with builder.if_else(builder.icmp_signed("!=", before, INT64(0))) as (added_to, fresh):
+            with added_to:
+                for register, target in enumerate(targets):
+                    _load(builder, register, sums, target, LINE)
+            with fresh:
+                for register in range(len(targets)):
+                    _call(builder, "tilezero", register)
+
+        def add(step: Any, _none: list[Any]) -> list[Any]:
+            _prefetch(builder, right, builder.add(ahead, builder.mul(builder.mul(step, lines), INT64(LINE))), lines)
+            ours, theirs = (builder.add(first, builder.mul(step, INT64(STEP))) for first in (own, their))
+            for row, column in places:
+                if column == 0:
+                    _load(builder, left_registers[row], left, builder.add(ours, INT64(row * TILE)), LINE)
+                if row == 0:
+                    at = builder.add(theirs, INT64(column * LINE))
+                    _load(builder, right_registers[column], right, at, 2 * LINE)
+                _call(builder, product, 2 * row + column, left_registers[row], right_registers[column])
+            return []
+
+        accumulated(builder, steps, [], add)
+        for register, target in enumerate(targets):
+            _call(builder, "tilestored64", register, builder.gep(sums, [target]), INT64(LINE))
+        return context.get_dummy_value()
+
+    def squares(
+        _context: Any,
+        left: Any,
+        own: Any,
+        right: Any,
+        their: Any,
+        steps: Any,
+        sums: Any,
+        before: Any,
+        lines: Any,
+        ahead: Any,
+    ) -> Any:
+        return types.void(left, own, right, their, steps, sums, before, lines, ahead), generate
+
+    return intrinsic(squares)
+
+
+begin: Any = intrinsic(_begin)
+"""Sets the registers up, as `shapes` describes them. Until `end`, they are this thread's."""
+end: Any = intrinsic(_end)
+one_by_two: Any = _squares("tdpbssd", 1)
+two_by_two: Any = _squares("tdpbssd", 2)
+"""With one register of rows and with two: int8, sums int32."""
