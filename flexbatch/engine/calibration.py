@@ -1,7 +1,7 @@
 """The figures of this machine: measured once, in a minute or two, and kept for the next run.
 
 Rates are kept in a file named by processor, accelerator, memory, threads and library versions; free memory and disk
-space are looked up anew each time.
+space are looked up anew each time, and so is how fast a CPU is at present.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from flexbatch.engine.measurement import core_count, measure_rates
+from flexbatch.engine.present_speed import at_speed, present_speed
 from flexbatch.errors import ConfigError
 from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.main_memory import available_memory, memory_limit
@@ -60,7 +61,9 @@ def measure_hardware(
         rates = measure_rates(device, disk_folder)
         logger.info("Measured in %.0f s; kept in %s", time.perf_counter() - started, file)
         _keep(file, identity, rates)
-    return profile_from_mapping({**rates, **_room(device, disk_folder)}, where=str(file))
+        return _profile(rates, device, disk_folder, file)
+    kept = _profile(rates, device, disk_folder, file)
+    return at_speed(kept, present_speed(kept)) if device.type == "cpu" else kept
 
 
 def familiar_hardware(
@@ -71,7 +74,7 @@ def familiar_hardware(
     disk_folder.mkdir(parents=True, exist_ok=True)
     identity = machine_identity(device, disk_folder)
     rates = _kept(cache_folder.expanduser() / f"hardware-{_digest(identity)}.json", identity) or typical
-    return profile_from_mapping({**rates, **_room(device, disk_folder)}, where="this machine")
+    return _profile(rates, device, disk_folder, "this machine")
 
 
 def in_this_process(profile: HardwareProfile) -> HardwareProfile:
@@ -110,6 +113,10 @@ def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _profile(rates: dict[str, Any], device: torch.device, disk_folder: Path, where: object) -> HardwareProfile:
+    return profile_from_mapping({**rates, **_room(device, disk_folder)}, where=str(where))
 
 
 def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:

@@ -8,14 +8,12 @@ at some rows against that at others, so these are taken in turn more often still
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,15 @@ import torch
 from torch.nn import functional
 
 from flexbatch.engine.attention import attend
-from flexbatch.engine.linear_layers import as_multiplied, product
+from flexbatch.engine.linear_layers import as_multiplied
+from flexbatch.engine.product_rates import HIDDEN, gemm_curves, products, type_name
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
+from flexbatch.engine.timing import Work, medians, seconds_of
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
-from flexbatch.memory.int8_layout import int8_layout
-from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 
-ROWS = (1, 4, 16, 64, 256, 1024)
-"""Of the products that are measured; an accelerator gains by more."""
-MOST_ROWS = 2048
-LAPS = 3
-"""Over all of them in a round."""
-HIDDEN = 4096
 WIDTH_ROWS = 256
 READ_BYTES = 8 << 20
 READ_THREADS = 4
@@ -70,14 +62,14 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
     read, read_cpu = _read_rate(device, file)
     besides = rehearse(device, file.parent)
     cpu = torch.device("cpu")
-    gemm = dict(_gemm_curves(device))
+    gemm = dict(gemm_curves(device))
     return {
         "gemm": gemm,
-        "gemm_width": _width_factors(besides.products, gemm[_name(half_type(device))][WIDTH_ROWS]),
+        "gemm_width": _width_factors(besides.products, gemm[type_name(half_type(device))][WIDTH_ROWS]),
         "activation_numbers": besides.activation_numbers,
         "attention_flops": _prefill_attention(device),
-        "attention_bytes": _decode_attention(device),
-        "host_attention_bytes": _decode_attention(cpu),
+        "attention_bytes": decode_attention_work(device).rate(),
+        "host_attention_bytes": decode_attention_work(cpu).rate(),
         "memory_copy": _copy_rate(cpu, cpu),
         "memory_touch": _touch_rate(),
         "disk_read": read,
@@ -90,83 +82,8 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
     }
 
 
-def medians(rounds: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
-    """The median of each figure, figures of figures too."""
-    return {
-        key: medians([each[key] for each in rounds])
-        if isinstance(value, Mapping)
-        else statistics.median(each[key] for each in rounds)
-        for key, value in rounds[0].items()
-    }
-
-
 def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up (which does not
-    show in a long one)."""
-
-    def calls(count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / count
-
-    first = calls(1)
-    if first < 4 * at_least:
-        first = calls(1)
-    count = math.ceil(at_least / max(first, 1e-6))
-    return first if count <= 1 else calls(min(count, 10_000))
-
-
-def _gemm_curves(device: torch.device) -> Iterator[tuple[str, dict[int, float]]]:
-    kinds = [torch.float32, torch.bfloat16, torch.float16]
-    for dtype in kinds if device.type != "cpu" else kinds[:2]:
-        yield _name(dtype), _gemm_curve(device, dtype)
-    if device.type == "cpu":
-        yield "int8", _int8_curve()
-
-
-@torch.inference_mode()
-def _gemm_curve(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """FLOP/s of a linear layer by rows, as the engine has it. Weights come from memory: two in turn, larger than a
-    cache."""
-    weights = [as_multiplied(random_values((HIDDEN, HIDDEN), dtype, device)) for _ in range(2)]
-    rows = ROWS if device.type == "cpu" else (*ROWS, MOST_ROWS)
-    return _curve(
-        {many: partial(_products, random_values((many, HIDDEN), dtype, device), weights) for many in rows},
-        len(weights),
-        device,
-    )
-
-
-@torch.inference_mode()
-def _int8_curve() -> dict[int, float]:
-    """The same of the engine's own 8-bit linear layer, its weights laid as they are kept, rounding of the activations
-    included."""
-    cpu = torch.device("cpu")
-    layout = int8_layout((HIDDEN, HIDDEN))
-    stored = [layout.pack(random_values((HIDDEN, HIDDEN), torch.bfloat16, cpu)) for _ in range(4)]
-    weights = [(layout.weight(values), scale) for values, scale in stored]
-
-    def products(inputs: torch.Tensor) -> None:
-        for weight in weights:
-            int8_linear(inputs, *weight)
-
-    inputs = {many: random_values((many, HIDDEN), torch.bfloat16, cpu) for many in ROWS}
-    return _curve({many: partial(products, rows) for many, rows in inputs.items()}, len(weights), cpu)
-
-
-def _curve(works: Mapping[int, Callable[[], None]], weights: int, device: torch.device) -> dict[int, float]:
-    """FLOP/s by rows, given what multiplies so many rows by so many `weights`: in turn, so that a slow moment is no
-    slow number of rows."""
-    flop = 2.0 * weights * HIDDEN * HIDDEN  # of a row
-    laps = [{rows: flop * rows / seconds_of(work, device, 0.02) for rows, work in works.items()} for _ in range(LAPS)]
-    return medians(laps)
 
 
 def _width_factors(products: Mapping[int, float], square: float) -> dict[int, float]:
@@ -178,15 +95,6 @@ def _width_factors(products: Mapping[int, float], square: float) -> dict[int, fl
         width, lost = 2 * width, lost / 2
         factors[width] = 1.0 / (1.0 + lost)
     return factors
-
-
-def _products(inputs: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
-    for weight in weights:
-        product(inputs, weight)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @torch.inference_mode()
@@ -204,9 +112,8 @@ def _prefill_attention(device: torch.device) -> float:
     return 4.0 * heads * length * length * size / seconds
 
 
-@torch.inference_mode()
-def _decode_attention(device: torch.device) -> float:
-    """KV bytes per second for one query per row, read through the arena's strides (a column range of longer rows)."""
+def decode_attention_work(device: torch.device) -> Work:
+    """One query a row to KV that is read through the arena's strides (a column range of longer rows), in bytes."""
     rows, heads, length, size = 8, 16, 512, 64
     dtype = half_type(device)
     keys, values = (
@@ -215,13 +122,12 @@ def _decode_attention(device: torch.device) -> float:
     )
     query = torch.randn(rows, heads, 1, size, dtype=dtype, device=device)
     mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-    work = (
+    run = (
         partial(attend, query, keys, values, mask, size**-0.5)
         if device.type == "cpu"
         else partial(functional.scaled_dot_product_attention, query, keys, values, attn_mask=mask)
     )
-    seconds = seconds_of(work, device)
-    return 2.0 * rows * heads * length * size * dtype.itemsize / seconds
+    return Work(torch.inference_mode()(run), 2.0 * rows * heads * length * size * dtype.itemsize, device)
 
 
 def _copy_rate(source: torch.device, target: torch.device) -> float:
@@ -283,14 +189,14 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
         cpu[thread] = time.thread_time() - started
 
     inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
-    products = partial(_products, inputs, [as_multiplied(weight)] * 2)
-    products()
+    multiply = partial(products, inputs, [as_multiplied(weight)] * 2)
+    multiply()
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started = time.perf_counter()
     for thread in threads:
         thread.start()
     while device.type == "cpu" and any(thread.is_alive() for thread in threads):
-        products()
+        multiply()
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - started

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from flexbatch.engine import calibration, measurement
+from flexbatch.engine import calibration, measurement, present_speed, product_rates
 from flexbatch.engine.calibration import check_device, familiar_hardware, in_this_process, measure_hardware
+from flexbatch.engine.present_speed import Speed, at_speed
+from flexbatch.engine.rehearsal import half_type
+from flexbatch.engine.timing import medians
 from flexbatch.errors import ConfigError
 from flexbatch.plan.hardware import profile_to_mapping
 from tests.plan.examples import machine
 
 CPU = torch.device("cpu")
+
+
+@dataclass
+class Fixed:
+    """Work of a known rate."""
+
+    amount: float
+
+    def rate(self, _at_least: float) -> float:
+        return self.amount
 
 
 def recorded(folder: Path) -> Path:
@@ -32,6 +46,35 @@ def test_a_measured_machine_is_not_measured_again(tmp_path: Path) -> None:
     profile = measure_hardware(CPU, tmp_path, tmp_path)
     assert profile.disk_read == 123e6
     assert profile.gemm_rate("bfloat16", 512) > profile.gemm_rate("bfloat16", 1)
+
+
+def test_a_slow_hour_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = profile_to_mapping(machine("cpu-2core"))
+    calibration._keep(recorded(tmp_path), calibration.machine_identity(CPU, tmp_path), measured)
+    before = machine("cpu-2core")
+    half = str(half_type(CPU)).removeprefix("torch.")
+    rates = {
+        "gemm_work": 0.5 * before.gemm_rate(half, 256),
+        "int8_work": 1.1 * before.gemm_rate("int8", 256),
+        "decode_attention_work": 2.0 * before.attention_bytes,
+    }
+    for name, rate in rates.items():
+        monkeypatch.setattr(present_speed, name, lambda *_, rate=rate: Fixed(rate))
+    profile = measure_hardware(CPU, tmp_path, tmp_path)
+    assert profile.gemm_rate("bfloat16", 64) == pytest.approx(0.5 * before.gemm_rate("bfloat16", 64))
+    assert profile.gemm_rate("int8", 64) == before.gemm_rate("int8", 64)  # so little is chance
+    assert profile.attention_bytes == pytest.approx(2.0 * before.attention_bytes)
+    assert profile.layer_call_seconds == pytest.approx(0.5 * before.layer_call_seconds)
+    assert profile.disk_read == before.disk_read
+
+
+def test_a_look_at_the_machine_gives_possible_factors() -> None:
+    before = machine("cpu-2core")
+    now = at_speed(before, present_speed.present_speed(before))
+    again = at_speed(now, Speed(1.0, 1.0, 1.0))
+    assert again == now
+    for kind in ("bfloat16", "int8"):
+        assert 1e9 < now.gemm_rate(kind, 256) < 1e14
 
 
 def test_free_memory_is_looked_up_and_not_remembered(tmp_path: Path) -> None:
@@ -63,16 +106,17 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_of_several_measurements_each_figure_is_the_middle_one() -> None:
     rounds = [{"disk": disk, "gemm": {16: disk * 2.0}} for disk in (9.0, 1.0, 3.0)]
-    assert measurement.medians(rounds) == {"disk": 3.0, "gemm": {16: 6.0}}
+    assert medians(rounds) == {"disk": 3.0, "gemm": {16: 6.0}}
 
 
 @pytest.mark.slow
 def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = {"FILE_BYTES": 64 << 20, "ROWS": (1, 64, 256), "HIDDEN": 1024}
-    for name, fewer in smaller.items():
-        monkeypatch.setattr(measurement, name, fewer)
+    monkeypatch.setattr(measurement, "FILE_BYTES", 64 << 20)
+    monkeypatch.setattr(product_rates, "ROWS", (1, 64, 256))
+    for module in (measurement, product_rates):
+        monkeypatch.setattr(module, "HIDDEN", 1024)
     disk, cache = tmp_path / "disk", tmp_path / "cache"
     profile = measure_hardware(CPU, disk, cache)
     assert list(disk.iterdir()) == []

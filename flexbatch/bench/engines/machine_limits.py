@@ -14,8 +14,8 @@ from flexbatch.bench.trial import Outcome, Trial
 from flexbatch.checkpoint.architecture import expected_tensors
 from flexbatch.engine.calibration import measure_hardware
 from flexbatch.engine.linear_layers import as_multiplied, product
-from flexbatch.engine.measurement import seconds_of
 from flexbatch.engine.model_shapes import spec_from_config
+from flexbatch.engine.timing import seconds_of
 from flexbatch.errors import EngineError
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, DirectReader
 from flexbatch.memory.int8_layout import int8_layout
