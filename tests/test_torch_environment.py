@@ -14,9 +14,9 @@ from tests.conftest import REPOSITORY
 
 # Leaves as soon as torch is asked for: what it reads from the environment must be there by then.
 UNTIL_TORCH = """
-import os, sys
+import importlib, os, sys
 
-NAME = sys.argv[1]
+NAME, PROGRAM = sys.argv[1:3]
 
 def leave(event, arguments):
     if event == "import" and arguments[0] == "torch":
@@ -24,8 +24,7 @@ def leave(event, arguments):
         os._exit(0)
 
 sys.addaudithook(leave)
-from flexbatch.__main__ import main
-main(sys.argv[2:])
+importlib.import_module(PROGRAM).main(sys.argv[3:])
 """
 
 
@@ -36,10 +35,10 @@ def spins(*arguments: str, **environment: str) -> str:
     return told("GOMP_SPINCOUNT", *arguments, **environment)
 
 
-def told(what: str, *arguments: str, **environment: str) -> str:
+def told(what: str, *arguments: str, program: str = "flexbatch.__main__", **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if name not in SET}
     ran = subprocess.run(
-        [sys.executable, "-c", UNTIL_TORCH, what, *arguments],
+        [sys.executable, "-c", UNTIL_TORCH, what, program, *arguments],
         env=kept | environment,
         cwd=REPOSITORY,
         capture_output=True,
@@ -52,6 +51,11 @@ def told(what: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("verb", ["run", "plan", "chat"])
 def test_it_is_said_before_torch_is_there(verb: str) -> None:
     assert 1_000 < int(spins(verb)) < 100_000
+
+
+def test_it_is_said_in_the_process_that_answers_for_helm() -> None:
+    arguments = ("prompts.jsonl", "answers.jsonl", "folder", "model")
+    assert int(told("LRU_CACHE_CAPACITY", *arguments, program="flexbatch.integrations.worker")) < 100
 
 
 def test_the_users_own_setting_stays() -> None:
