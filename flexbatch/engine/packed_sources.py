@@ -193,16 +193,32 @@ def compress_sources(
     modules = {each.stored.name: each.module for each in chosen}
     stored = {name: entry for name, entry in _plain(sources).entries.items() if name in modules}
     inner = {name: _laid_out(tuple(entry.shape), modules[name]) for name, entry in stored.items()}
-    layouts = compressed_layouts(stored, inner, cache_folder, on_progress)
+    progress = _Readings(on_progress)
+    layouts = compressed_layouts(stored, inner, cache_folder, progress.first)
     smaller = [replace(each, layout=layouts[each.stored.name]) for each in chosen if each.stored.name in layouts]
     if not smaller:
         return dict(sources)
     scratch = Expanded(_largest((each.order, layouts[each.stored.name].room) for each in smaller))
     made = dict(sources)
-    for each, packed in _opened(sources, smaller, cache_folder, on_progress):
+    for each, packed in _opened(sources, smaller, cache_folder, progress.second):
         entries = list(packed.parts.values())
         made[each.name] = CompressedSource(each.name, entries, packed=packed, order=each.order, scratch=scratch)
     return made
+
+
+class _Readings:
+    """Tells of two readings of the same tensors as of one; the first may not be needed."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._tell: OnProgress = on_progress or (lambda _done, _total: None)
+        self._read = 0
+
+    def first(self, done: int, total: int) -> None:
+        self._read = done
+        self._tell(done, 2 * total)
+
+    def second(self, done: int, total: int) -> None:
+        self._tell(self._read + done, self._read + total)
 
 
 def _largest(sizes: Iterable[tuple[int, int]]) -> dict[int, int]:

@@ -113,6 +113,20 @@ def test_a_layer_that_its_model_keeps_in_float32_stays_as_it_is(
     assert type(stepped.model.get_submodule("model.layers.1.mlp.down_proj")) is nn.Linear
 
 
+def test_what_is_read_twice_is_told_as_one_progress(tmp_path: Path) -> None:
+    folder = wide("llama")
+    stored = SafetensorsIndex.open(folder).entries
+    told: list[float] = []
+    for packed in (tmp_path / "packed", tmp_path / "packed"):
+        stepped = opening.build(AutoConfig.from_pretrained(folder), torch.bfloat16)
+        use_fastest_linears(stepped, torch.bfloat16, torch.device("cpu"))
+        sources = map_checkpoint(stepped.model, stored, "here")
+        compress_sources(stepped, sources, packed, lambda done, total: told.append(done / total))
+    assert told == sorted(told)
+    assert told.count(1.0) == 1
+    assert told[-1] == 1.0
+
+
 def test_a_torn_copy_is_made_anew(tmp_path: Path) -> None:
     policy = Policy(STREAMED, slots=5, prefill_tokens=40, compressed=True)
     first = completions("opt", policy, tmp_path)
