@@ -1,11 +1,14 @@
 """How fast a CPU is now, beside the time at which it was measured.
 
-What other tenants of a machine take can halve its speed for hours (docs/benchmarks.md). A second's look at three of
-the rates says by how much; each of the others goes with the one that it is likest.
+What other tenants of a machine take can halve its speed for hours (docs/benchmarks.md), and for a second. A look at
+three of the rates says by how much; what it finds is believed when two more, some seconds apart, find it too. Each of
+the other rates goes with the one that it is likest.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +21,10 @@ from flexbatch.plan.hardware import HardwareProfile
 
 CPU = torch.device("cpu")
 ROWS = 256
-LOOKS, SECONDS = 5, 0.06
-"""At each of the rates, in turn, and of each: other tenants come and go within a second."""
+LAPS, SECONDS = 5, 0.06
+"""Of a look: over all rates in turn, and of each."""
+LOOKS, PAUSE = 3, 2.5
+"""As many must agree, and the seconds between them."""
 CLEAR = 1.25
 """A difference by less than this factor is chance."""
 
@@ -35,15 +40,31 @@ class Speed:
 
 
 def present_speed(measured: HardwareProfile) -> Speed:
-    """A look at this CPU, of which `measured` was kept: about a second."""
+    """What this CPU, of which `measured` was kept, is at present: a second and a half, or ten where it is another."""
     works = {"products": gemm_work(CPU, ROWS), "integers": int8_work(ROWS), "vectors": decode_attention_work(CPU)}
-    now = medians([{name: work.rate(SECONDS) for name, work in works.items()} for _ in range(LOOKS)])
     then = {
         "products": measured.gemm_rate(type_name(half_type(CPU)), ROWS, HIDDEN),
         "integers": measured.gemm_rate("int8", ROWS, HIDDEN),
         "vectors": measured.attention_bytes,
     }
-    return Speed(**{name: _clear(now[name] / then[name]) for name in works})
+    looks: list[dict[str, float]] = []
+    while len(looks) < LOOKS:
+        now = medians([{name: work.rate(SECONDS) for name, work in works.items()} for _ in range(LAPS)])
+        looks.append({name: now[name] / then[name] for name in works})
+        speed = Speed(**{name: agreed([look[name] for look in looks]) for name in works})
+        if speed == Speed(1.0, 1.0, 1.0):
+            break
+        if len(looks) < LOOKS:
+            time.sleep(PAUSE)
+    return speed
+
+
+def agreed(factors: Sequence[float]) -> float:
+    """The least difference that all of these show; 1 where one shows none that is clear, or the opposite."""
+    slowest, fastest = min(factors), max(factors)
+    if slowest >= CLEAR:
+        return slowest
+    return fastest if fastest <= 1.0 / CLEAR else 1.0
 
 
 def at_speed(measured: HardwareProfile, speed: Speed) -> HardwareProfile:
@@ -63,8 +84,3 @@ def at_speed(measured: HardwareProfile, speed: Speed) -> HardwareProfile:
         layer_call_seconds=measured.layer_call_seconds / speed.vectors,
         pass_seconds=measured.pass_seconds / speed.vectors,
     )
-
-
-def _clear(factor: float) -> float:
-    """1 where it may be chance."""
-    return 1.0 if 1.0 / CLEAR < factor < CLEAR else factor

@@ -22,6 +22,11 @@ from tests.plan.examples import machine
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(present_speed, "LOOKS", 1)
+
+
 @dataclass
 class Fixed:
     """Work of a known rate."""
@@ -66,6 +71,13 @@ def test_a_slow_hour_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert profile.attention_bytes == pytest.approx(2.0 * before.attention_bytes)
     assert profile.layer_call_seconds == pytest.approx(0.5 * before.layer_call_seconds)
     assert profile.disk_read == before.disk_read
+
+
+def test_a_slow_second_is_not() -> None:
+    assert present_speed.agreed([0.4, 0.97, 0.5]) == 1.0
+    assert present_speed.agreed([0.4, 1.6]) == 1.0
+    assert present_speed.agreed([0.4, 0.7, 0.5]) == 0.7
+    assert present_speed.agreed([1.9, 1.4]) == 1.4
 
 
 def test_a_look_at_the_machine_gives_possible_factors() -> None:
