@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flexbatch.engine.measurement import decode_attention_work
-from flexbatch.engine.product_rates import HIDDEN, gemm_work, int8_work, type_name
+from flexbatch.engine.product_rates import HIDDEN, gemm_works, int8_works, type_name
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import medians
 from flexbatch.plan.hardware import HardwareProfile
@@ -41,9 +41,14 @@ class Speed:
 
 def present_speed(measured: HardwareProfile) -> Speed:
     """What this CPU, of which `measured` was kept, is at present: a second and a half, or ten where it is another."""
-    works = {"products": gemm_work(CPU, ROWS), "integers": int8_work(ROWS), "vectors": decode_attention_work(CPU)}
+    half = half_type(CPU)
+    works = {
+        "products": gemm_works(CPU, half, [ROWS])[ROWS],
+        "integers": int8_works([ROWS])[ROWS],
+        "vectors": decode_attention_work(CPU),
+    }
     then = {
-        "products": measured.gemm_rate(type_name(half_type(CPU)), ROWS, HIDDEN),
+        "products": measured.gemm_rate(type_name(half), ROWS, HIDDEN),
         "integers": measured.gemm_rate("int8", ROWS, HIDDEN),
         "vectors": measured.attention_bytes,
     }

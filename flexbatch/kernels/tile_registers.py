@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from flexbatch.kernels.vectors import INT32, INT64, accumulated, function, has_features, memory_of
+from flexbatch.kernels.vectors import INT64, accumulated, fetch, function, has_features, memory_of
 
 ROWS = 16
 """Of a register."""
@@ -54,7 +54,7 @@ def _call(builder: Any, name: str, *arguments: Any) -> None:
 
 def _begin(_context: Any, shapes: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "ldtilecfg", builder.bitcast(_memory(context, builder, signature, arguments, 0), POINTER))
+        _call(builder, "ldtilecfg", _memory(context, builder, signature, arguments, 0))
         return context.get_dummy_value()
 
     return types.void(shapes), generate
@@ -79,19 +79,18 @@ def _load(builder: Any, register: int, memory: Any, at: Any, stride: int) -> Non
 
 def _prefetch(builder: Any, memory: Any, at: Any, lines: Any) -> None:
     """Asks for lines of `memory` from `at` on, which may lie beyond it, for the second cache."""
-    fetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, INT32, INT32, INT32])
 
     def ask(line: Any, _none: list[Any]) -> list[Any]:
         place = builder.gep(memory, [builder.add(at, builder.mul(line, INT64(LINE)))])
-        builder.call(fetch, [place, INT32(0), INT32(2), INT32(1)])
+        fetch(builder, place, nearness=2)
         return []
 
     accumulated(builder, lines, [], ask)
 
 
-def _squares(product: str, rows: int) -> Any:
-    """The intrinsic that adds up products (by LLVM's instruction `product`) of `rows` registers of rows with two of
-    columns, for `steps` steps.
+def _squares(rows: int) -> Any:
+    """The intrinsic that adds up products of int8, in int32, of `rows` registers of rows with two of columns, for
+    `steps` steps.
 
     The rows' lines are in `left` from byte `own` on, `STEP` bytes a step; the columns' in `right` from `their` on, the
     lines of both registers in turn. `sums` has a register's sums after another's; what is in it is added to unless
@@ -121,7 +120,7 @@ def _squares(product: str, rows: int) -> Any:
                 if row == 0:
                     at = builder.add(theirs, INT64(column * LINE))
                     _load(builder, right_registers[column], right, at, 2 * LINE)
-                _call(builder, product, 2 * row + column, left_registers[row], right_registers[column])
+                _call(builder, "tdpbssd", 2 * row + column, left_registers[row], right_registers[column])
             return []
 
         accumulated(builder, steps, [], add)
@@ -149,6 +148,6 @@ def _squares(product: str, rows: int) -> Any:
 begin: Any = intrinsic(_begin)
 """Sets the registers up, as `shapes` describes them. Until `end`, they are this thread's."""
 end: Any = intrinsic(_end)
-one_by_two: Any = _squares("tdpbssd", 1)
-two_by_two: Any = _squares("tdpbssd", 2)
-"""With one register of rows and with two: int8, sums int32."""
+one_by_two: Any = _squares(1)
+two_by_two: Any = _squares(2)
+"""With one register of rows and with two."""

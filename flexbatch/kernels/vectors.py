@@ -87,6 +87,12 @@ def put(builder: Any, memory: Any, at: Any, value: Any, align: int = 4) -> None:
     builder.store(value, _place(builder, memory, at, value.type), align=align)
 
 
+def fetch(builder: Any, place: Any, *, nearness: int) -> None:
+    """Asks for the line of bytes at `place`, to be read: for every cache (3), or from the second on (2)."""
+    ask = function(builder, "llvm.prefetch.p0", ir.VoidType(), [place.type, INT32, INT32, INT32])
+    builder.call(ask, [place, INT32(0), INT32(nearness), INT32(1)])
+
+
 def memory_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     """The pointer to the first number of an array of this Numba type."""
     return context.make_array(kind)(context, builder, array).data
@@ -238,8 +244,7 @@ def _prefetch(_context: Any, array: Any, at: Any) -> Any:
         place = _place(
             builder, memory_of(context, builder, signature.args[0], arguments[0]), arguments[1], byte.pointee
         )
-        fetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, INT32, INT32, INT32])
-        builder.call(fetch, [place, INT32(0), INT32(3), INT32(1)])  # to be read, and kept in every cache
+        fetch(builder, place, nearness=3)
         return context.get_dummy_value()
 
     return types.void(array, at), generate

@@ -59,12 +59,12 @@ def test_a_slow_hour_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = machine("cpu-2core")
     half = str(half_type(CPU)).removeprefix("torch.")
     rates = {
-        "gemm_work": 0.5 * before.gemm_rate(half, 256),
-        "int8_work": 1.1 * before.gemm_rate("int8", 256),
-        "decode_attention_work": 2.0 * before.attention_bytes,
+        "gemm_works": {256: Fixed(0.5 * before.gemm_rate(half, 256))},
+        "int8_works": {256: Fixed(1.1 * before.gemm_rate("int8", 256))},
+        "decode_attention_work": Fixed(2.0 * before.attention_bytes),
     }
-    for name, rate in rates.items():
-        monkeypatch.setattr(present_speed, name, lambda *_, rate=rate: Fixed(rate))
+    for name, made in rates.items():
+        monkeypatch.setattr(present_speed, name, lambda *_, made=made: made)
     profile = measure_hardware(CPU, tmp_path, tmp_path)
     assert profile.gemm_rate("bfloat16", 64) == pytest.approx(0.5 * before.gemm_rate("bfloat16", 64))
     assert profile.gemm_rate("int8", 64) == before.gemm_rate("int8", 64)  # so little is chance
