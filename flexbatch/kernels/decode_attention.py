@@ -13,7 +13,8 @@ import torch
 from numba import njit
 
 from flexbatch.kernels.flat_memory import flat
-from flexbatch.kernels.floats import ARITHMETIC, LOWEST, exponential, widened
+from flexbatch.kernels.floats import ARITHMETIC, LOWEST, widened
+from flexbatch.kernels.row_softmax import room, weigh
 from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import prefetch
 
@@ -45,12 +46,11 @@ def decode_attention(
     columns = key.shape[2]
     output = torch.empty(rows, heads, queries, value.shape[3])
     weight = torch.empty(rows, heads, queries)
-    added = torch.zeros(1, columns) if mask is None else _added(mask[:, 0, 0])
     arguments = (
         query.float().contiguous().numpy(),
         *(flat(key), key.stride()[:3]),
         *(flat(value), value.stride()[:3]),
-        added.expand(rows, columns).contiguous().numpy(),
+        added_scores(mask, rows, columns),
         np.float32(scale),
         output.numpy(),
         weight.numpy(),
@@ -60,11 +60,14 @@ def decode_attention(
     return output.to(query.dtype), weight
 
 
-def _added(mask: torch.Tensor) -> torch.Tensor:
-    """What `mask` adds to scores, float32."""
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape).masked_fill_(~mask, LOWEST)
-    return mask.float()
+def added_scores(mask: torch.Tensor | None, rows: int, columns: int) -> Any:
+    """What `mask` adds to scores, float32 `[rows, columns]`."""
+    if mask is None:
+        return np.zeros((rows, columns), np.float32)
+    allowed = mask[:, 0, 0].expand(rows, columns)
+    if allowed.dtype == torch.bool:
+        return torch.zeros(rows, columns).masked_fill_(~allowed, LOWEST).numpy()
+    return allowed.float().contiguous().numpy()
 
 
 @njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")
@@ -84,7 +87,7 @@ def _attend(
     """Every `step`-th pair of a row and a head, from `first` on."""
     rows, heads, queries, size = query.shape
     columns, value_size = added.shape[1], output.shape[3]
-    scores = np.empty(columns, np.float32)
+    scores = room(columns)
     sums = np.empty(value_size, np.float32)
     for pair in range(first, rows * heads, step):
         row, head = pair // heads, pair % heads
@@ -107,10 +110,7 @@ def _attend(
                     score += asked[index] * widened(key[index])
                 scores[column] = score * scale + added[row, column]
                 highest = max(highest, scores[column])
-            total = np.float32(0)
-            for column in range(start, columns):
-                scores[column] = exponential(scores[column] - highest)
-                total += scores[column]
+            total = weigh(scores, start, columns, highest)
             sums[:] = 0
             for column in range(start, columns):
                 at = row * value_strides[0] + head * value_strides[1] + column * value_strides[2]

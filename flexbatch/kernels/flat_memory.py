@@ -8,9 +8,10 @@ import torch
 
 
 def flat(states: torch.Tensor) -> Any:
-    """From the first to the last number of bfloat16 `states`, uint16 in one dimension; its strides still hold."""
+    """From the first to the last number of `states` in one dimension, where its strides still hold: uint8, or uint16
+    for numbers of two bytes."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(states.shape, states.stride(), strict=True))
-    return states.as_strided((span,), (1,)).view(torch.uint16).numpy()
+    return states.as_strided((span,), (1,)).view(torch.uint16 if states.itemsize == 2 else torch.uint8).numpy()
 
 
 def bits(numbers: torch.Tensor) -> Any:

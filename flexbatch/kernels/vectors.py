@@ -223,6 +223,14 @@ def _load(_context: Any, array: Any, at: Any) -> Any:
     return floats(array, at), generate
 
 
+def _repeat(_context: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = memory_of(context, builder, signature.args[0], arguments[0])
+        return repeated(builder, number(builder, memory, arguments[1], ir.FloatType()), FLOATS)
+
+    return floats(array, at), generate
+
+
 def _store(_context: Any, array: Any, at: Any, vector: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         put(builder, memory_of(context, builder, signature.args[0], arguments[0]), arguments[1], arguments[2])
@@ -250,11 +258,24 @@ def _prefetch(_context: Any, array: Any, at: Any) -> Any:
     return types.void(array, at), generate
 
 
+def _total(_context: Any, vector: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kinds = [ir.FloatType(), FLOATS]
+        reduce = function(builder, f"llvm.vector.reduce.fadd.v{WIDTH}f32", ir.FloatType(), kinds)
+        return builder.call(reduce, [ir.FloatType()(0.0), arguments[0]], fastmath=("reassoc",))
+
+    return types.float32(vector), generate
+
+
 prefetch: Any = intrinsic(_prefetch)
 """Asks for the line of a contiguous array with this index, which may lie beyond it; nothing waits for it."""
 load: Any = intrinsic(_load)
 """Sixteen float32 of a contiguous array, from an index on. Nothing looks whether they exist."""
+repeat: Any = intrinsic(_repeat)
+"""A vector of the one float32 that a contiguous array has at an index."""
 store: Any = intrinsic(_store)
 """Writes a vector over what a contiguous array of numbers of four bytes has from an index on."""
 fill: Any = intrinsic(_fill)
 """A vector of one float32."""
+total: Any = intrinsic(_total)
+"""The sum of a vector's float32, in whatever order."""

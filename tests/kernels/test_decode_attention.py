@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from flexbatch.engine.attention import attend
 from flexbatch.kernels.decode_attention import LOWEST, decode_attention, suits
-from flexbatch.kernels.floats import exponential
 from flexbatch.kernels.threads import on_all_threads
 
 
@@ -105,12 +104,6 @@ def test_what_it_is_not_made_for_goes_another_way(change: str) -> None:
     output, _ = attend(query, key, value, mask, 0.25, causal=False)
     wanted, _ = expected(query, key, value, torch.ones(2, 1, 1, 30, dtype=torch.bool), 0.25)
     torch.testing.assert_close(output.double(), wanted, rtol=2**-5, atol=2**-6)
-
-
-def test_the_exponential_is_that_of_the_library() -> None:
-    for x in torch.linspace(-86, 0, 4001).tolist():
-        assert float(exponential(x)) == pytest.approx(float(torch.tensor(x).exp()), rel=4e-7)
-    assert 0 <= float(exponential(-1e30)) < 1e-37
 
 
 def test_an_error_in_a_thread_comes_to_the_caller() -> None:
