@@ -5,23 +5,19 @@ Softmax over two sets of keys is the mean of the two softmaxes weighted by the e
 product and the result is exact.
 
 Where the rows' own keys lie on several tiers, each tier is attended to by itself, on the host's processor if need be.
-
-The cache's `update` hands keys to this function through the model's own forward; what belongs to them (prefixes before
-them, the other tiers' keys) they carry along as the attribute `carried`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from flexbatch.engine.carried_keys import Carried, OwnKeys, Stretch
 from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
@@ -30,67 +26,6 @@ from flexbatch.kernels.prefill_attention import KeysAndValues
 NAME = "flexbatch_merging"
 FEWEST_QUERIES = 9
 """For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedKeys:
-    """A prefix's keys and values `[1, kv_heads, tokens, head_dim]` and the rows of the batch that have it."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    rows: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class OwnKeys:
-    """The keys and values `[rows, kv_heads, columns, head_dim]` of some of the batch's rows, on any device."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    rows: slice
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
-
-    shared: Sequence[SharedKeys] = ()
-    parts: Sequence[OwnKeys] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.shared or self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
-    layer of their own. Each sees its keys from `starts` (int64 `[rows]`) up to itself; `mask` is what that adds to
-    scores (None: nothing but causality). Of each row attention is asked for the last `read` tokens (None: for all)."""
-
-    tokens: slice
-    rows: int
-    cache: CacheLayerMixin
-    starts: torch.Tensor
-    mask: torch.Tensor | None
-    read: int | None = None
-
-    def own(self, states: torch.Tensor) -> torch.Tensor:
-        """Its part of queries, keys or values `[1, heads, tokens of all, head_dim]`, as `[rows, heads, tokens,
-        head_dim]`."""
-        mine = states[0, :, self.tokens]
-        return mine.reshape(mine.shape[0], self.rows, -1, mine.shape[2]).transpose(0, 1)
-
-
-def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.Tensor:
-    """`keys`, which attention will cut into stretches before it hands them to the stretches' caches."""
-    keys.stretches = stretches  # type: ignore[attr-defined]
-    return keys
-
-
-def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
-    """`keys`, with what belongs to them."""
-    keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
-    return keys
 
 
 def register() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.engine.attention import SharedKeys, Stretch, carry, lay_side_by_side
+from flexbatch.engine.carried_keys import SharedKeys, Stretch, carry, lay_side_by_side
 from flexbatch.engine.kv_arena import LayerStore
 from flexbatch.kernels.prefill_attention import KeysAndValues
 

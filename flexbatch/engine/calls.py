@@ -14,7 +14,6 @@ from typing import Any, Generic
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from flexbatch.engine.attention import Stretch
 from flexbatch.engine.cache_layers import (
     CopiedPrefixLayer,
     CopyingPrefillLayer,
@@ -26,6 +25,7 @@ from flexbatch.engine.cache_layers import (
     PrefixLayer,
     SideBySideLayer,
 )
+from flexbatch.engine.carried_keys import Stretch
 from flexbatch.engine.causal_mask import visible
 from flexbatch.engine.head import Read, Reader, SlicedHead
 from flexbatch.engine.kv_arena import KVArena, LayerStore

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.engine.attention import OwnKeys
+from flexbatch.engine.carried_keys import OwnKeys
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues

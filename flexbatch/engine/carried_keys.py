@@ -1,0 +1,74 @@
+"""What belongs to keys on their way from the cache to attention.
+
+The cache's `update` hands keys to the attention function through the model's own forward. What belongs to them
+(prefixes before them, the other tiers' keys, which rows they are of) they carry along as an attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """A prefix's keys and values `[1, kv_heads, tokens, head_dim]` and the rows of the batch that have it."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """The keys and values `[rows, kv_heads, columns, head_dim]` of some of the batch's rows, on any device."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
+
+    shared: Sequence[SharedKeys] = ()
+    parts: Sequence[OwnKeys] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.shared or self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
+    layer of their own. Each sees its keys from `starts` (int64 `[rows]`) up to itself; `mask` is what that adds to
+    scores (None: nothing but causality). Of each row attention is asked for the last `read` tokens (None: for all)."""
+
+    tokens: slice
+    rows: int
+    cache: CacheLayerMixin
+    starts: torch.Tensor
+    mask: torch.Tensor | None
+    read: int | None = None
+
+    def own(self, states: torch.Tensor) -> torch.Tensor:
+        """Its part of queries, keys or values `[1, heads, tokens of all, head_dim]`, as `[rows, heads, tokens,
+        head_dim]`."""
+        mine = states[0, :, self.tokens]
+        return mine.reshape(mine.shape[0], self.rows, -1, mine.shape[2]).transpose(0, 1)
+
+
+def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.Tensor:
+    """`keys`, which attention will cut into stretches before it hands them to the stretches' caches."""
+    keys.stretches = stretches  # type: ignore[attr-defined]
+    return keys
+
+
+def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
+    """`keys`, with what belongs to them."""
+    keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
+    return keys
