@@ -17,10 +17,11 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from flexbatch.engine.carried_keys import Carried, OwnKeys, Stretch
+from flexbatch.engine.carried_keys import Carried, OwnKeys, PackedKeys, Stretch
 from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
+from flexbatch.kernels.packed_attention import packed_attention
 from flexbatch.kernels.prefill_attention import KeysAndValues
 
 NAME = "flexbatch_merging"
@@ -165,19 +166,24 @@ def _read_tokens(stretches: Sequence[Stretch], count: int, device: torch.device)
 
 
 def attend_own(
-    query: torch.Tensor, part: OwnKeys, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, part: OwnKeys | PackedKeys, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows' attention to their own keys, where those are; result and log-sum-exp come back to the query."""
-    place, groups = part.keys.device, query.shape[1] // part.keys.shape[1]
-    own = query[part.rows].to(place)
-    own_mask = None if mask is None else mask[part.rows].to(place)
+    """Some rows' attention to their own keys, where and as those are; result and log-sum-exp come back to the query."""
+    keys = part.keys[0] if isinstance(part, PackedKeys) else part.keys
+    groups = query.shape[1] // keys.shape[1]
+    own = query[part.rows].to(keys.device)
+    own_mask = None if mask is None else mask[part.rows].to(keys.device)
     if query.shape[2] == 1:
         # The heads of a group are as many queries to the same keys: those need not be repeated.
         rows, heads, _, size = own.shape
-        output, weight = attend(
-            own.reshape(rows, -1, groups, size), part.keys, part.values, own_mask, scale, causal=False
-        )
+        folded = own.reshape(rows, -1, groups, size)
+        if isinstance(part, PackedKeys):
+            output, weight = packed_attention(folded, part.keys, part.values, own_mask, scale)
+        else:
+            output, weight = attend(folded, part.keys, part.values, own_mask, scale, causal=False)
         output, weight = output.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
+    elif isinstance(part, PackedKeys):
+        raise EngineError(f"Packed keys are asked for {query.shape[2]} queries a row; they answer one.")
     else:
         output, weight = attend(own, repeat_kv(part.keys, groups), repeat_kv(part.values, groups), own_mask, scale)
     return output.to(query.device), weight.to(query.device)

@@ -61,8 +61,8 @@ class DecodeLayer(_View):  # type: ignore[no-untyped-call]
 class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     """A decode batch under `attention.merging_attention`: tiers stay apart, and prefixes come before their rows.
 
-    With `host_attention` the queries go to the keys on the host, otherwise (and where they are packed) those keys come
-    to the device.
+    With `host_attention` the queries go to the keys on the host, otherwise those keys come to the device. Packed ones
+    are read as they are kept where the arena is `attended_packed`.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
         index = self._store.index
+        shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
+        if self._store.attended_packed:
+            return carry(key_states, shared, self._store.packed(self._rows, self._first, self._end)), value_states
         parts = self._store.read(
             self._rows, self._first, self._end, key_states.device, host_attention=self._host_attention
         )
-        shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
         return carry(parts[0].keys, shared, parts if len(parts) > 1 else ()), parts[0].values
 
 

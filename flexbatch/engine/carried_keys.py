@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from flexbatch.kernels.packed_attention import Packed
+
 
 @dataclass(frozen=True, slots=True)
 class SharedKeys:
@@ -32,11 +34,20 @@ class OwnKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedKeys:
+    """The same as `packed_attention` reads them, for one query a row."""
+
+    keys: Packed
+    values: Packed
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
 class Carried:
     """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
 
     shared: Sequence[SharedKeys] = ()
-    parts: Sequence[OwnKeys] = ()
+    parts: Sequence[OwnKeys | PackedKeys] = ()
 
     def __bool__(self) -> bool:
         return bool(self.shared or self.parts)
@@ -68,7 +79,7 @@ def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.
     return keys
 
 
-def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys] = ()) -> torch.Tensor:
+def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys | PackedKeys] = ()) -> torch.Tensor:
     """`keys`, with what belongs to them."""
     keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
     return keys

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.engine.carried_keys import OwnKeys
+from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
@@ -67,8 +67,9 @@ class LayerStore:
         storage: Storage,
         forms: tuple[KVForm, KVForm],
         expansion: Expansion,
+        attended_packed: bool,
     ) -> None:
-        self.index, self.slots, self.columns = index, slots, columns
+        self.index, self.slots, self.columns, self.attended_packed = index, slots, columns, attended_packed
         self.segments: list[Segment] = []
         self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
         self._storage, self._forms, self._expansion = storage, forms, expansion
@@ -125,21 +126,25 @@ class LayerStore:
     ) -> list[OwnKeys]:
         """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, on `device`: views where that is
         possible, tier by tier. With `host_attention` plain ones on the host stay there."""
-        blocks = [
-            (segment, slice(0, stop - segment.first), slice(segment.first, stop))
-            for segment in self.segments
-            if (stop := min(rows, segment.first + segment.count)) > segment.first
-        ]
         columns = slice(first, end + 1)
         if self._is_packed:
-            return [OwnKeys(*self._unpacked(blocks, rows, columns), slice(0, rows))]
+            return [OwnKeys(*self._unpacked(self._blocks(rows), rows, columns), slice(0, rows))]
         read = []
-        for segment, inside, outside in blocks:
+        for segment, inside, outside in self._blocks(rows):
             keys, values = (part[inside, :, columns] for part in segment.parts)
             if not (host_attention and segment.tier is Tier.HOST):
                 keys, values = keys.to(device), values.to(device)
             read.append(OwnKeys(keys, values, outside))
         return read
+
+    def packed(self, rows: int, first: int, end: int) -> list[PackedKeys]:
+        """The same as they are kept, tier by tier."""
+        half, columns = len(self.segments[0].parts) // 2, slice(first, end + 1)
+        return [
+            PackedKeys(parts[:half], parts[half:], outside)
+            for segment, inside, outside in self._blocks(rows)
+            for parts in (tuple(part[inside, :, columns] for part in segment.parts),)
+        ]
 
     def gather(self, slots: Sequence[int], first: int, end: int, device: torch.device) -> KeysAndValues:
         """Keys and values `[slots, heads, columns, head_dim]` of these slots in columns `first` to `end`, on `device`;
@@ -186,6 +191,14 @@ class LayerStore:
         self._forms[0].unpack(parts[:half], keys)
         self._forms[1].unpack(parts[half:], values)
 
+    def _blocks(self, rows: int) -> list[tuple[Segment, slice, slice]]:
+        """The segments that have some of the slots 0 to `rows` - 1: which of their own, and which of all."""
+        return [
+            (segment, slice(0, stop - segment.first), slice(segment.first, stop))
+            for segment in self.segments
+            if (stop := min(rows, segment.first + segment.count)) > segment.first
+        ]
+
     def _segment(self, slot: int) -> Segment:
         return next(s for s in self.segments if s.first <= slot < s.first + s.count)
 
@@ -206,7 +219,8 @@ class KVArena:
     """All layers' stores, and the column `end` at which every live row ends.
 
     `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts,
-    `bits` 16 (as the model made them), 8 or 4.
+    `bits` 16 (as the model made them), 8 or 4. With `attended_packed` the decode batch's attention reads packed tokens
+    as they are kept; else they are expanded for it.
     """
 
     def __init__(
@@ -217,13 +231,15 @@ class KVArena:
         slack: int,
         storage: Storage,
         bits: int = 16,
+        attended_packed: bool = False,
     ) -> None:
         self.span, self.slots, self.columns = span, slots, span + slack
         self.end = span - 1
         self._storage, self._in_use = storage, slots
-        forms, expansion = kv_forms(bits), Expansion(slots, span, storage)
+        forms, expansion = kv_forms(bits), Expansion(1 if attended_packed else slots, span, storage)
         self.layers = [
-            LayerStore(index, slots, self.columns, each, storage, forms, expansion) for index, each in enumerate(counts)
+            LayerStore(index, slots, self.columns, each, storage, forms, expansion, attended_packed)
+            for index, each in enumerate(counts)
         ]
 
     def advance(self, slots: int) -> None:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from flexbatch.engine.attention import attend
+from flexbatch.engine.attention_rates import decode_attention_work, packed_attention_rate, prefill_attention_rate
 from flexbatch.engine.linear_layers import as_multiplied
 from flexbatch.engine.product_rates import HIDDEN, gemm_curves, products, type_name
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
-from flexbatch.engine.timing import Work, medians, seconds_of
+from flexbatch.engine.timing import medians, seconds_of
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
@@ -67,9 +66,10 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
         "gemm": gemm,
         "gemm_width": _width_factors(besides.products, gemm[type_name(half_type(device))][WIDTH_ROWS]),
         "activation_numbers": besides.activation_numbers,
-        "attention_flops": _prefill_attention(device),
+        "attention_flops": prefill_attention_rate(device),
         "attention_bytes": decode_attention_work(device).rate(),
         "host_attention_bytes": decode_attention_work(cpu).rate(),
+        "packed_attention_numbers": packed_attention_rate(device),
         "memory_copy": _copy_rate(cpu, cpu),
         "memory_touch": _touch_rate(),
         "disk_read": read,
@@ -95,39 +95,6 @@ def _width_factors(products: Mapping[int, float], square: float) -> dict[int, fl
         width, lost = 2 * width, lost / 2
         factors[width] = 1.0 / (1.0 + lost)
     return factors
-
-
-@torch.inference_mode()
-def _prefill_attention(device: torch.device) -> float:
-    """FLOP/s over all pairs of 512 positions, those that are masked included."""
-    heads, length, size = 16, 512, 64
-    query, key, value = (torch.randn(1, heads, length, size, dtype=half_type(device), device=device) for _ in range(3))
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
-    work = (
-        partial(attend, query, key, value, None, size**-0.5)
-        if device.type == "cpu"
-        else partial(functional.scaled_dot_product_attention, query, key, value, attn_mask=mask)
-    )
-    seconds = seconds_of(work, device)
-    return 4.0 * heads * length * length * size / seconds
-
-
-def decode_attention_work(device: torch.device) -> Work:
-    """One query a row to KV that is read through the arena's strides (a column range of longer rows), in bytes."""
-    rows, heads, length, size = 8, 16, 512, 64
-    dtype = half_type(device)
-    keys, values = (
-        torch.randn(rows, heads, length + 160, size, dtype=dtype, device=device)[:, :, 80 : 80 + length]
-        for _ in range(2)
-    )
-    query = torch.randn(rows, heads, 1, size, dtype=dtype, device=device)
-    mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=device)
-    run = (
-        partial(attend, query, keys, values, mask, size**-0.5)
-        if device.type == "cpu"
-        else partial(functional.scaled_dot_product_attention, query, keys, values, attn_mask=mask)
-    )
-    return Work(torch.inference_mode()(run), 2.0 * rows * heads * length * size * dtype.itemsize, device)
 
 
 def _copy_rate(source: torch.device, target: torch.device) -> float:

@@ -22,6 +22,7 @@ from flexbatch.engine.packed_sources import block_sources, compress_sources, pac
 from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.errors import CapacityError, OutputError
+from flexbatch.kernels import packed_attention
 from flexbatch.memory.direct_io import choose_reader
 from flexbatch.memory.heap import Heap
 from flexbatch.memory.library_pages import release_library_pages
@@ -29,6 +30,8 @@ from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent
+from flexbatch.plan.attention_shape import attention_shape
+from flexbatch.plan.model_spec import is_attended_packed
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.workload import column_slack
@@ -113,7 +116,13 @@ class _Opened:
 
     def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
         counts = place_slots(self.stepped.num_layers, slots, policy.kv)
-        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits)
+        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits, self._attends_packed(policy.kv_bits))
+
+    def _attends_packed(self, bits: int) -> bool:
+        """Whether the decode batch's attention reads a cache of so many bits as it is kept."""
+        shape = attention_shape(self.stepped.model.config.to_dict())
+        whole = self.stepped.lays_side_by_side and is_attended_packed(shape.head_sizes, bits)
+        return whole and self.storage.device.type == "cpu" and packed_attention.is_available()
 
 
 def open_engine(

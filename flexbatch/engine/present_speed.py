@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flexbatch.engine.measurement import decode_attention_work
+from flexbatch.engine.attention_rates import decode_attention_work
 from flexbatch.engine.product_rates import HIDDEN, gemm_works, int8_works, type_name
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import medians
@@ -83,6 +83,7 @@ def at_speed(measured: HardwareProfile, speed: Speed) -> HardwareProfile:
         attention_flops=measured.attention_flops * speed.products,
         attention_bytes=measured.attention_bytes * speed.vectors,
         host_attention_bytes=measured.host_attention_bytes * speed.vectors,
+        packed_attention_numbers=measured.packed_attention_numbers * speed.vectors,
         activation_numbers=measured.activation_numbers * speed.vectors,
         dequantize_numbers=measured.dequantize_numbers * speed.vectors,
         memory_copy=measured.memory_copy * speed.vectors,

@@ -13,14 +13,15 @@ from flexbatch.kernels.vectors import WIDTH, add, fill, larger, load, multiply, 
 
 @njit(nogil=True, inline="always")
 def room(columns: int) -> Any:
-    """Memory for so many scores and a few more, in whole vectors."""
-    return np.empty(columns // WIDTH * WIDTH + WIDTH, np.float32)
+    """Memory for so many scores and some more, in whole vectors."""
+    return np.empty(columns // WIDTH * WIDTH + 2 * WIDTH, np.float32)
 
 
 @njit(nogil=True)
 def weigh(scores: Any, start: int, columns: int, highest: Any) -> Any:
     """Makes the scores from `start` to `columns`, the largest of which is `highest`, their exponentials over its own,
-    and gives their sum, float32. `scores` is such a `room`; what else lies in it is lost."""
+    and gives their sum, float32. `scores` is such a `room`; what lies beyond `columns` there becomes next to nothing,
+    and what lies before `start` is lost."""
     first = start // WIDTH * WIDTH
     scores[first:start] = LOWEST
     scores[columns:] = LOWEST

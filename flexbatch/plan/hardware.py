@@ -31,7 +31,8 @@ class HardwareProfile:
     `gemm_width` says what part of it is left at other hidden sizes. `activation_numbers` per second pass through what
     lies between the products (norms, residuals, activation functions, copies).
     `attention_flops` is the prefill attention's rate in FLOP/s, `attention_bytes` the KV bytes per second that decode
-    attention reads on the device, `host_attention_bytes` the same by the CPU in main memory. `memory_touch` is how fast
+    attention reads on the device, `host_attention_bytes` the same by the CPU in main memory, `packed_attention_numbers`
+    the packed KV numbers that it reads on the device as they are kept (0: it expands them). `memory_touch` is how fast
     main memory is found and cleared when it is first used. `dequantize_numbers` are packed numbers expanded per second.
     `read_cpu_seconds` is processor time for one byte read from disk, which a CPU device takes away from its arithmetic
     (what reading does to the caches included). `layer_call_seconds` is what one layer costs besides what the other
@@ -51,6 +52,7 @@ class HardwareProfile:
     attention_flops: float
     attention_bytes: float
     host_attention_bytes: float
+    packed_attention_numbers: float
     memory_copy: float
     memory_touch: float
     disk_read: float
@@ -87,7 +89,14 @@ def _between(curve: Curve, place: float) -> float:
 
 
 _BYTES = ("device_memory", "host_memory", "disk_space", "process_bytes")
-_MAY_BE_ZERO = {"host_memory", "read_cpu_seconds", "layer_call_seconds", "pass_seconds", "process_bytes"}
+_MAY_BE_ZERO = {
+    "host_memory",
+    "packed_attention_numbers",
+    "read_cpu_seconds",
+    "layer_call_seconds",
+    "pass_seconds",
+    "process_bytes",
+}
 
 
 def profile_from_mapping(figures: Mapping[str, Any], *, where: str) -> HardwareProfile:

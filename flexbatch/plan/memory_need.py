@@ -12,7 +12,7 @@ import numpy as np
 
 from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec
+from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload, columns, span
@@ -124,13 +124,20 @@ def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     return math.ceil(columns(_as_run(workload, policy)) * per_token)
 
 
+def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
+    """Whether decode attention reads a packed cache as it is kept."""
+    sizes = {layer.head_sizes for layer in set(spec.layers)}
+    whole = spec.side_by_side and all(is_attended_packed(each, policy.kv_bits) for each in sizes)
+    return whole and hardware.packed_attention_numbers > 0
+
+
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
     """Every use of every tier at the job's peak."""
     workload = _as_run(workload, policy)
     items = [
         Need("process", Tier.DEVICE, hardware.process_bytes),
         *weight_needs(spec, policy),
-        *_kv_needs(spec, workload, policy),
+        *_kv_needs(spec, hardware, workload, policy),
         *_activation_needs(spec, workload, policy),
     ]
     return tuple(item for item in items if item.nbytes > 0)
@@ -184,13 +191,15 @@ def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
     return numbers * number_bytes(spec)
 
 
-def _kv_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
+def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> list[Need]:
     unit, counts = kv_unit_bytes(spec, workload, policy), kv_units(spec, policy)
     items = [Need("KV cache", tier, count * unit) for tier, count in counts.items()]
     if policy.kv_bits < 16:
-        # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn.
+        # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn: all rows',
+        # or that of the one whose prompt enters in parts.
         plain = spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers)
-        items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(policy.slots * span(workload) * plain)))
+        rows = 1 if attends_packed(spec, hardware, policy) else policy.slots
+        items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(rows * span(workload) * plain)))
     elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
     if made := max(layer.expanded_size for layer in spec.layers):

@@ -293,6 +293,13 @@ def kv_group_size(head_size: int) -> int:
     return best if best >= min(head_size, LARGEST_KV_GROUP // 4) else LARGEST_KV_GROUP
 
 
+def is_attended_packed(head_sizes: tuple[int, int], bits: int) -> bool:
+    """Whether a CPU's decode attention can read a cache of so many bits as it is kept: in whole groups of numbers, and
+    of 4 bits in pairs of groups, whose numbers share bytes."""
+    values = LARGEST_KV_GROUP if bits == 8 else 2 * LARGEST_KV_GROUP
+    return bits < 16 and head_sizes[0] % LARGEST_KV_GROUP == 0 and head_sizes[1] % values == 0
+
+
 def packed_head_bytes(head_size: int, bits: int) -> int:
     """Bytes of one token's keys (or values) of one head in `bits`."""
     groups = -(-head_size // kv_group_size(head_size))

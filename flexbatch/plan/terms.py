@@ -10,6 +10,7 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
+    attends_packed,
     first_used_bytes,
     held_weights,
     kv_unit_bytes,
@@ -119,7 +120,11 @@ def decode_terms(
         yield _compute("keys and values from latent ones", expansion, hardware.gemm_rate(spec.compute_dtype, many))
     nbytes = attended_bytes(spec, positions) * load.decoding
     away = nbytes * (1.0 - policy.kv.device) if policy.host_attention else 0.0
-    yield Term("decode attention", resource, (nbytes - away) / rate, nbytes - away, "bytes")
+    if attends_packed(spec, hardware, policy):
+        numbers = nbytes / number_bytes(spec)
+        yield Term("decode attention", resource, numbers / hardware.packed_attention_numbers, numbers, "numbers")
+    else:
+        yield Term("decode attention", resource, (nbytes - away) / rate, nbytes - away, "bytes")
     if away:
         seconds = away / hardware.host_attention_bytes
         yield Term("decode attention on the host", Resource.HOST_COMPUTE, seconds, away, "bytes")
@@ -199,10 +204,14 @@ def kv_terms(
         nbytes = old * policy.kv.device
         yield Term("KV gathered", Resource.COMPUTE, nbytes / _device_copy(hardware), nbytes, "bytes")
     if policy.kv_bits < 16:
-        # Decoding rows expand all that they attend to; whoever makes a token packs it, and prompts see theirs expanded.
+        # Decoding rows expand all that they attend to, where attention does not read it as it is kept; whoever makes a
+        # token packs it, and prompts see theirs expanded, those that enter in parts all that came before.
         fed = load.joining * workload.own_tokens + load.groups * workload.shared_tokens
         packed = (fed + load.decoding) * spec.kv_numbers_per_token
-        expanded = old / per_token * spec.kv_numbers_per_token + fed * spec.kv_numbers_per_token
+        parts = max(1.0, workload.own_tokens / policy.prefill_tokens) if policy.shortest_part else 1.0
+        seen = fed * (1.0 + parts) / 2.0
+        seen += 0.0 if attends_packed(spec, hardware, policy) else old / per_token
+        expanded = seen * spec.kv_numbers_per_token
         yield Term("KV expanded", Resource.COMPUTE, expanded / hardware.dequantize_numbers, expanded, "numbers")
         seconds = PACKING_TIMES * packed / hardware.dequantize_numbers
         yield Term("KV packed", Resource.COMPUTE, seconds, packed, "numbers")

@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {**_SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True}),
     "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 256}),
     "llama": ("llama", _LLAMA),
+    "llama-wide": ("llama", {**_LLAMA, "head_dim": 64}),  # a packed cache of such heads is read as it is kept
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", _LLAMA),
