@@ -212,7 +212,8 @@ class Caller:
         mask = (columns[None] >= (start - cached)[:, None]).long()
         positions = cached[:, None] + torch.arange(ids.shape[1], device=self.device)[None]
         layers = [ExtendLayer(layer, slots, first, start) for layer in self.arena.layers]
-        return Piece(ids, positions, mask, True, layers, logits_to_keep, reader)
+        is_padded = min(before) < max(before)
+        return Piece(ids, positions, mask, is_padded, layers, logits_to_keep, reader)
 
     def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Tokens and mask, int64 `[rows, width]`, and whether any of it is padding."""

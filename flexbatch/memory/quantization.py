@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from flexbatch.errors import ConfigError
+from flexbatch.kernels import packing
 from flexbatch.kernels.expansion import RUN, expand
 
 CHUNK = 1 << 19
@@ -135,6 +136,10 @@ def quantize(tensor: torch.Tensor, bits: int, group_size: int, dimension: int = 
     values = torch.empty(layout.values_shape, dtype=torch.uint8, device=tensor.device)
     scale = torch.empty(layout.parameters_shape, dtype=PARAMETER_DTYPE, device=tensor.device)
     minimum = torch.empty_like(scale)
+    if dimension == -1 and packing.suits(tensor, group_size):
+        rows = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
+        packing.pack(rows, *(each.view(len(rows), -1) for each in (values, scale, minimum)))
+        return QuantizedTensor(values, scale, minimum, layout)
     rows = _leading_rows(tensor, layout)
     flat_values = values.view(rows.shape[0], *values.shape[len(layout.leading) :])
     flat_scale, flat_minimum = (_grouped_parameters(each, layout) for each in (scale, minimum))
