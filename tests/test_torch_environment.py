@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexbatch.memory.blocked_weight import suits
+from flexbatch.torch_environment import spin_rounds
 from tests.conftest import REPOSITORY
 
 # Leaves as soon as torch is asked for: what it reads from the environment must be there by then.
@@ -51,6 +52,12 @@ def told(what: str, *arguments: str, program: str = "flexbatch.__main__", **envi
 @pytest.mark.parametrize("verb", ["run", "plan", "chat"])
 def test_it_is_said_before_torch_is_there(verb: str) -> None:
     assert 1_000 < int(spins(verb)) < 100_000
+
+
+def test_fewer_rounds_are_as_long_where_each_takes_longer() -> None:
+    intel, other = spin_rounds("vendor_id\t: GenuineIntel\n"), spin_rounds("vendor_id\t: AuthenticAMD\n")
+    assert intel * 140 == pytest.approx(other * 50, rel=0.5)  # cycles of a PAUSE
+    assert spin_rounds("") == other
 
 
 def test_it_is_said_in_the_process_that_answers_for_helm() -> None:
