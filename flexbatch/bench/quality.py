@@ -43,6 +43,7 @@ FORMS: Mapping[str, Policy] = {
     REFERENCE: Policy(),
     "8-bit KV": Policy(kv_bits=8),
     "4-bit KV (keys in 8)": Policy(kv_bits=4),
+    "int8 compute, 8-bit KV": Policy(compute="int8", kv_bits=8),
     "4-bit weights, 4-bit KV (keys in 8)": Policy(weight_bits=4, kv_bits=4),
 }
 OWN_TEXT = "its own text"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -23,8 +24,10 @@ from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
 from flexbatch.kernels.packed_attention import packed_attention
 from flexbatch.kernels.prefill_attention import KeysAndValues
+from flexbatch.kernels.vectors import multiplies_tiles
 
 NAME = "flexbatch_merging"
+EVEN_KEYS = 32
 FEWEST_QUERIES = 9
 """For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
 
@@ -97,6 +100,7 @@ def _attend_rows(
         output, _ = prefill_attention.prefill_attention(query, shared, (key, value), starts, scale)
         return output.transpose(1, 2).contiguous()
     if not carried and not is_slow_alone(query):
+        key, value, mask = even_keys(query, key, value, mask, query.shape[2] > 1)
         result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
         return result
     parts = carried.parts or (OwnKeys(key, value, slice(None)),)
@@ -194,6 +198,23 @@ def is_slow_alone(query: torch.Tensor) -> bool:
     return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
 
 
+def even_keys(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values and mask with so many more columns, which nothing sees, that products of bfloat16 on AMX take
+    the fast way: with 273 they take three times as long as with 288 (docs/benchmarks.md). Without a mask the queries
+    see causally, from the first key on, or all keys."""
+    missing = -key.shape[2] % EVEN_KEYS
+    if not missing or query.device.type != "cpu" or query.dtype != torch.bfloat16 or not multiplies_tiles():
+        return key, value, mask
+    if mask is None and not causal:
+        mask = query.new_zeros(1, 1, 1, key.shape[2])
+    if mask is not None:
+        unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        mask = pad(mask, (0, missing), value=unseen)
+    return pad(key, (0, 0, 0, missing)), pad(value, (0, 0, 0, missing)), mask
+
+
 def merge(
     first: torch.Tensor, first_weight: torch.Tensor, second: torch.Tensor, second_weight: torch.Tensor
 ) -> torch.Tensor:
@@ -244,6 +265,7 @@ def attend(
             # From two queries on the kernel multiplies matrices: twice the work, less than half the time.
             twice = attend(query.expand(-1, -1, 2, -1), key, value, mask, scale, causal=False)
             return twice[0][:, :, :1], twice[1][:, :, :1]
+        key, value, mask = even_keys(query, key, value, mask, causal)
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
