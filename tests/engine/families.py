@@ -48,7 +48,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {**_SMALL, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True}),
     "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 4, "n_heads": 4, "max_seq_len": 256}),
     "llama": ("llama", _LLAMA),
-    "llama-wide": ("llama", {**_LLAMA, "head_dim": 64}),  # a packed cache of such heads is read as it is kept
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("qwen2", _LLAMA),
@@ -82,6 +81,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# For what depends on the size of heads and not on the family: a packed cache of these is read as it is kept.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {"llama-wide": ("llama", {**_LLAMA, "head_dim": 64})}
+
 _FOLDERS: list[TemporaryDirectory[str]] = []
 """Those of saved models, removed when the process ends."""
 
@@ -89,7 +91,7 @@ _FOLDERS: list[TemporaryDirectory[str]] = []
 @cache
 def saved(family: str) -> Path:
     """A folder with the family's small random model in float32, made once for a test session."""
-    kind, values = FAMILIES[family]
+    kind, values = (FAMILIES | SHAPES)[family]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **values, bos_token_id=0, eos_token_id=2, pad_token_id=1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -26,7 +26,7 @@ from flexbatch.plan.model_spec import key_bits, kv_group_size, packed_head_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
 from flexbatch.records import Completion, Request, Sampling
-from tests.engine.families import FAMILIES, VOCABULARY, loaded, prompts, saved
+from tests.engine.families import FAMILIES, SHAPES, VOCABULARY, loaded, prompts, saved
 from tests.engine.running import answer, engine
 from tests.plan.examples import machine
 
@@ -37,7 +37,7 @@ TIE = 2e-2
 PLACEMENTS = {"device": Shares(1, 0), "disk": Shares(0, 0), "mixed": Shares(0.35, 0.4)}
 # Merged attention, copied prefixes and partly rotary positions show single tiers; the others all tiers at once.
 CASES = [
-    *((family, "mixed") for family in FAMILIES),
+    *((family, "mixed") for family in FAMILIES | SHAPES),
     *(
         (family, placement)
         for family in ("llama", "llama-wide", "bloom", "gpt-neox")
