@@ -13,6 +13,7 @@ from flexbatch.engine.attention import attend
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import Work, seconds_of
 from flexbatch.kernels import packed_attention
+from flexbatch.kernels.packed_numbers import GROUP
 from flexbatch.memory.quantization import quantize
 
 HEADS, SIZE = 16, 64
@@ -56,7 +57,7 @@ def packed_attention_rate(device: torch.device) -> float:
     if device.type != "cpu" or not packed_attention.is_available():
         return 0.0
     query, arena, mask = _decoding(device)
-    made = quantize(arena, 8, packed_attention.GROUP)
+    made = quantize(arena, 8, GROUP)
     calls = []
     for _ in range(LAYERS):
         parts = [_seen(part.clone()) for part in (made.values, made.scale, made.minimum)]

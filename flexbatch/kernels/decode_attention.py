@@ -6,6 +6,7 @@ torch's own kernels are made for many queries: with one they read the cache at a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,21 +43,33 @@ def decode_attention(
     columns, head_dim]` that `mask` `[rows or 1, 1, 1, columns]` allows (bool, or what to add to scores). The result is
     bfloat16 `[rows, kv_heads, queries, value_dim]`, with its log-sum-exp, float32 `[rows, kv_heads, queries]`. A row
     that may see nothing gets zeros and the lowest float32."""
-    rows, heads, queries, _ = query.shape
-    columns = key.shape[2]
-    output = torch.empty(rows, heads, queries, value.shape[3])
-    weight = torch.empty(rows, heads, queries)
+    sources = flat(key), key.stride()[:3], flat(value), value.stride()[:3]
+    return for_all_pairs(_attend, query, sources, key.shape[2], value.shape[3], mask, scale)
+
+
+def for_all_pairs(
+    kernel: Any,
+    query: torch.Tensor,
+    sources: Sequence[Any],
+    columns: int,
+    value_size: int,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `kernel(query, *sources, added, scale, output, weight, first, step)` makes of all pairs of a row and a head:
+    attention of `query` to so many `columns` of keys and values, with its log-sum-exp, as `decode_attention` has it."""
+    rows, heads, queries, size = query.shape
+    output, weight = torch.empty(rows, heads, queries, value_size), torch.empty(rows, heads, queries)
     arguments = (
         query.float().contiguous().numpy(),
-        *(flat(key), key.stride()[:3]),
-        *(flat(value), value.stride()[:3]),
+        *sources,
         added_scores(mask, rows, columns),
         np.float32(scale),
         output.numpy(),
         weight.numpy(),
     )
-    threads = 1 if rows * heads * columns * query.shape[3] < SMALL else None
-    on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
+    threads = 1 if rows * heads * columns * size < SMALL else None
+    on_all_threads(lambda first, step: kernel(*arguments, first, step), threads)
     return output.to(query.dtype), weight
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numba import njit
 
-from flexbatch.kernels.decode_attention import SMALL, UNSEEN, added_scores
+from flexbatch.kernels.decode_attention import UNSEEN, for_all_pairs
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import ARITHMETIC, LOWEST
 from flexbatch.kernels.packed_numbers import (
+    GROUP,
     converts_float16,
     load_bytes,
     load_high_halves,
@@ -25,12 +26,7 @@ from flexbatch.kernels.packed_numbers import (
     widen_all,
 )
 from flexbatch.kernels.row_softmax import room, weigh
-from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import WIDTH, add, fill, fused, load, multiply, prefetch, repeat, store, total
-
-GROUP = 2 * WIDTH
-"""Numbers that share a scale and a minimum. Heads have whole groups, and where values have 4 bits, whole pairs of them.
-"""
 
 LINE = 64
 """Bytes of a line of the processor's caches."""
@@ -41,7 +37,7 @@ TOGETHER = 4
 Packed = tuple[torch.Tensor, ...]
 """Keys or values `[rows, kv_heads, columns, ...]`: uint8 numbers, float16 scales and minima `[..., groups]`, a head's
 columns side by side. A byte holds a number of 8 bits, or one of 4 bits of the head's first half (low) and the one half
-a head further on (high)."""
+a head further on (high). Heads have whole groups; where values have 4 bits, whole pairs of them."""
 
 
 class States(NamedTuple):
@@ -78,21 +74,8 @@ def packed_attention(
     `mask` `[rows or 1, 1, 1, columns]` allows (bool, or what to add to scores). The result has the query's type,
     `[rows, kv_heads, queries, value_dim]`, with its log-sum-exp, float32 `[rows, kv_heads, queries]`. A row that may
     see nothing gets zeros and the lowest float32."""
-    rows, heads, queries, size = query.shape
-    columns = keys[0].shape[2]
-    output = torch.empty(rows, heads, queries, values[1].shape[3] * GROUP)
-    weight = torch.empty(rows, heads, queries)
-    arguments = (
-        query.float().contiguous().numpy(),
-        *(_states(keys), _states(values)),
-        added_scores(mask, rows, columns),
-        np.float32(scale),
-        output.numpy(),
-        weight.numpy(),
-    )
-    threads = 1 if rows * heads * columns * size < SMALL else None
-    on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
-    return output.to(query.dtype), weight
+    columns, value_size = keys[0].shape[2], values[1].shape[3] * GROUP
+    return for_all_pairs(_attend, query, (_states(keys), _states(values)), columns, value_size, mask, scale)
 
 
 def _states(packed: Packed) -> States:

@@ -12,6 +12,8 @@ from numba.extending import intrinsic
 
 from flexbatch.kernels.vectors import FLOATS, WIDTH, floats, has_features, memory_of, number, store
 
+GROUP = 2 * WIDTH
+"""Numbers that share a scale and a minimum."""
 BYTES = ir.VectorType(ir.IntType(8), WIDTH)
 HALVES = ir.VectorType(ir.HalfType(), WIDTH)
 

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from flexbatch.kernels.packed_numbers import BYTES, converts_float16, half
+from flexbatch.kernels.packed_numbers import BYTES, GROUP, converts_float16, half
 from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import (
     FLOATS,
@@ -31,8 +31,6 @@ from flexbatch.kernels.vectors import (
     subtract,
 )
 
-GROUP = 2 * WIDTH
-"""Numbers that share a scale and a minimum."""
 SMALL = 1 << 15  # numbers; with fewer a second thread costs more than it brings
 LARGEST = np.float32(65504.0)  # of float16
 SIGN = np.uint16(0x8000)

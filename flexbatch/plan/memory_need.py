@@ -126,9 +126,9 @@ def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
 
 def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
     """Whether decode attention reads a packed cache as it is kept."""
-    sizes = {layer.head_sizes for layer in set(spec.layers)}
-    whole = spec.side_by_side and all(is_attended_packed(each, policy.kv_bits) for each in sizes)
-    return whole and hardware.packed_attention_numbers > 0
+    if policy.kv_bits == 16 or not (spec.side_by_side and hardware.packed_attention_numbers):
+        return False
+    return all(is_attended_packed(sizes, policy.kv_bits) for sizes in spec.head_sizes)
 
 
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:

@@ -243,6 +243,11 @@ class ModelSpec:
         parts = {tuple(numbers for numbers, is_matrix in part if is_matrix) for kind in kinds for part in kind.parts}
         return sum(map(max, zip_longest(*parts, fillvalue=0)))
 
+    @cached_property
+    def head_sizes(self) -> frozenset[tuple[int, int]]:
+        """Those of keys and values in the layers."""
+        return frozenset(layer.head_sizes for layer in self.layers)
+
     @property
     def divides_layers(self) -> bool:
         return any(len(layer.parts) > 1 for layer in set(self.layers))

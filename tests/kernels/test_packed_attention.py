@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels.floats import LOWEST
-from flexbatch.kernels.packed_attention import GROUP, Packed, is_available, packed_attention
+from flexbatch.kernels.packed_attention import Packed, is_available, packed_attention
+from flexbatch.kernels.packed_numbers import GROUP
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantize
 from tests.kernels.test_decode_attention import expected, states
 
