@@ -33,7 +33,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 # Modules outside the layers with fewer parameters than this stay on the device for good and are no stops.
 SMALL_MODULE_PARAMETERS = 65_536
 # Layers with fewer parameters than this are one stop: what each stop costs is then more than the memory brings.
-LARGE_LAYER_PARAMETERS = 1 << 27
+LARGE_LAYER_PARAMETERS = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def stream_bytes(largest: int, allowed: int = 0) -> int:
     """
     if not largest:
         return 0
-    return max(allowed, largest) if allowed else 2 * largest + min(largest // 2, READ_AHEAD)
+    return max(allowed, largest) if allowed else 2 * largest + min(largest, READ_AHEAD)
 
 
 def _between(layer: int, slots: int, share: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.plan.placement import kept_weights, place_weights
+from flexbatch.plan.placement import READ_AHEAD, kept_weights, place_weights, stream_bytes
 from flexbatch.plan.policy import Shares, Tier
 
 
@@ -39,3 +39,13 @@ def test_kept_weights_fit_and_spare_more_than_beginning_anew_costs(
     assert not kept or nbytes * (passes - 1) > lost
     if kept:
         assert all(size > room - nbytes for name, size in sizes.items() if name not in kept)
+
+
+@given(largest=st.integers(0, 1 << 32), allowed=st.integers(0, 1 << 32))
+def test_the_stream_has_room_for_two_units_and_some_reads_unless_its_room_is_given(largest: int, allowed: int) -> None:
+    assert stream_bytes(largest, allowed) >= largest
+    if allowed:
+        assert stream_bytes(largest, allowed) in {0, largest, allowed}
+    else:
+        assert 2 * largest <= stream_bytes(largest) <= min(3 * largest, 2 * largest + READ_AHEAD)
+    assert (stream_bytes(largest, allowed) == 0) == (largest == 0)
