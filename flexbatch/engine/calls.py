@@ -92,7 +92,7 @@ class Caller:
         inputs: dict[str, Any] = {
             "input_ids": piece.ids,
             "attention_mask": piece.mask,
-            "past_key_values": Cache(layers=list(piece.layers)),
+            self.stepped.cache_argument: Cache(layers=list(piece.layers)),
             "use_cache": True,
         }
         if self.stepped.takes_position_ids:
@@ -120,7 +120,7 @@ class Caller:
             "position_ids": torch.cat([*(piece.positions.flatten() for piece in pieces), spare])[None],
             # A mask of four dimensions is taken as it is; attention has each piece's own.
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=dtype, device=self.device),
-            "past_key_values": Cache(layers=[*caches]),
+            self.stepped.cache_argument: Cache(layers=[*caches]),
             "use_cache": True,
         }
         return self.head.read_pieces(

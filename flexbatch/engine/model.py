@@ -55,6 +55,7 @@ class SteppedModel:
     stops: tuple[Stop, ...]
     num_layers: int
     takes_position_ids: bool
+    cache_argument: str
     merges_prefixes: bool
 
     @property
@@ -107,10 +108,12 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     _become_plain(model)
     model.tie_weights()
     model.eval()
-    takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+    arguments = inspect.signature(model.forward).parameters
+    takes_position_ids = "position_ids" in arguments
+    cache_argument = "cache" if "cache" in arguments else "past_key_values"  # before transformers 5.24
     # Where a pass makes many calls, each would wait in the middle of a layer with all that it has computed there.
     stops = tuple(_stops(model, layers, divides=merges and takes_position_ids))
-    return SteppedModel(model, stops, len(layers), takes_position_ids, merges)
+    return SteppedModel(model, stops, len(layers), takes_position_ids, cache_argument, merges)
 
 
 def _check_layers(config: PreTrainedConfig, layers: nn.ModuleList) -> None:
