@@ -168,19 +168,19 @@ class CopyingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
 
 
 class ExtendLayer(_View):  # type: ignore[no-untyped-call]
-    """More tokens for rows that have some in the arena: written from column `start` on, and attending from `first`."""
+    """More tokens for a row that has some in the arena: written from column `start` on, and attending from `first`."""
 
-    def __init__(self, store: LayerStore, slots: Sequence[int], first: int, start: int) -> None:
+    def __init__(self, store: LayerStore, slot: int, first: int, start: int) -> None:
         super().__init__(store.columns)
-        self._store, self._slots, self._first, self._start = store, slots, first, start
+        self._store, self._slot, self._first, self._start = store, slot, first, start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         end = self._start + key_states.shape[2] - 1
         self._store.prepare(key_states, value_states)
-        self._store.write_prompts(self._slots, end, self._store.pack(key_states, value_states))
-        return self._store.gather(self._slots, self._first, end, key_states.device)
+        parts = self._store.pack(key_states, value_states)
+        return self._store.extend(self._slot, self._first, end, parts, key_states.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._start - self._first + query_length, 0

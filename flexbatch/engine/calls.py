@@ -195,25 +195,22 @@ class Caller:
 
     def extend(
         self,
-        tokens: Sequence[Sequence[int]],
-        slots: Sequence[int],
-        before: Sequence[int],
+        tokens: Sequence[int],
+        slot: int,
+        before: int,
         end: int,
         logits_to_keep: int,
         reader: Reader[Read] | None,
     ) -> Piece[Read]:
-        """`tokens` (as many for each row) after the `before` tokens that a row has in the arena already, up to column
-        `end`. The first part of a prompt has none before it."""
-        ids = torch.tensor([list(each) for each in tokens], device=self.device)
+        """`tokens` of a row after the `before` tokens that it has in the arena already, up to column `end`. The first
+        part of a prompt has none before it."""
+        ids = torch.tensor([list(tokens)], device=self.device)
         start = end + 1 - ids.shape[1]
-        cached = torch.tensor(before, device=self.device)
-        first = start - max(before)
-        columns = torch.arange(first, end + 1, device=self.device)
-        mask = (columns[None] >= (start - cached)[:, None]).long()
-        positions = cached[:, None] + torch.arange(ids.shape[1], device=self.device)[None]
-        layers = [ExtendLayer(layer, slots, first, start) for layer in self.arena.layers]
-        is_padded = min(before) < max(before)
-        return Piece(ids, positions, mask, is_padded, layers, logits_to_keep, reader)
+        first = start - before
+        mask = torch.ones(1, end + 1 - first, dtype=torch.long, device=self.device)
+        positions = torch.arange(before, before + ids.shape[1], device=self.device)[None]
+        layers = [ExtendLayer(layer, slot, first, start) for layer in self.arena.layers]
+        return Piece(ids, positions, mask, False, layers, logits_to_keep, reader)
 
     def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Tokens and mask, int64 `[rows, width]`, and whether any of it is padding."""

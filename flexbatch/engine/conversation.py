@@ -119,6 +119,7 @@ class Conversation:
 
     def close(self) -> None:
         self._weights.close()
+        self._arena.close()
         self._storage.close()
 
     def _feed(self, guessed: Sequence[int], ready: Callable[..., object]) -> torch.Tensor:
@@ -135,7 +136,7 @@ class Conversation:
         pieces = []
         for start, stop in zip(starts, [*starts[1:], len(fed)], strict=True):
             keep = 1 + len(guessed) if stop == len(fed) else 1
-            piece = self._caller.extend([fed[start:stop]], [0], [start], stop - 1, keep, _logits)
+            piece = self._caller.extend(fed[start:stop], 0, start, stop - 1, keep, _logits)
             pieces.append(MicroBatch(partial(self._caller.alone, piece)))
         read: list[torch.Tensor] = walk(pieces, ready)[-1]  # type: ignore[arg-type]
         return torch.cat(read)

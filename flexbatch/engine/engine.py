@@ -129,6 +129,7 @@ class Engine:
 
     def close(self) -> None:
         self._weights.close()
+        self._arena.close()
         self._storage.close()
 
     def _fetch(self, requests: Iterator[Request], this: _Pass) -> None:
@@ -283,7 +284,7 @@ class Engine:
 
     def _part(self, part: Part) -> Piece[list[Chosen]]:
         reader = partial(choose_tokens, [part.of.row], self._vocabulary.end_tokens) if part.completes else None
-        return self._caller.extend([part.tokens], [part.of.slot], [part.before], part.last, 1, reader)
+        return self._caller.extend(part.tokens, part.of.slot, part.before, part.last, 1, reader)
 
     def _settle_part(self, part: Part, chosen: list[Chosen], this: _Pass) -> None:
         """The last part of a prompt gives its row the first token."""

@@ -11,29 +11,52 @@ multiplies its value by a weight of zero, which must not meet a NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
+from flexbatch.engine.kv_disk import BlockLayout, DiskSlots, DiskTraffic
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
+from flexbatch.plan.memory_need import TAIL_COLUMNS
 from flexbatch.plan.policy import Tier
 
-KV = "KV cache"
-"""What its bytes are booked as."""
+KV, FROM_DISK = "KV cache", "KV from disk"
+"""What its bytes are booked as, and those that are in memory of what is on disk."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The slots `first` to `first + count - 1` of one layer, on one tier. `parts` are those of keys, then of values."""
+    """The slots `first` to `first + count - 1` of one layer, on one tier. `parts` are those of keys, then of values;
+    none are there of slots on `disk`."""
 
     tier: Tier
     first: int
     count: int
     parts: Parts
+    disk: DiskSlots | None = None
+
+    def decoded(self, inside: slice, columns: slice) -> Parts:
+        """The slots that the decode batch attends to, in these columns."""
+        if self.disk is not None:
+            return self.disk.read(inside.stop, columns)
+        return tuple(part[inside, :, columns] for part in self.parts)
+
+    def slot(self, number: int) -> Parts:
+        """All columns of one of the layer's slots `[heads, columns, ...]`, for now."""
+        if self.disk is not None:
+            return self.disk.load(number - self.first)
+        return tuple(part[number - self.first] for part in self.parts)
+
+    def put(self, number: int, parts: Parts) -> None:
+        """All columns of one of the layer's slots become these."""
+        if self.disk is not None:
+            self.disk.store(number - self.first, parts)
+        for room, new in zip(self.parts, parts, strict=False):
+            room[number - self.first] = new
 
 
 class Expansion:
@@ -67,12 +90,13 @@ class LayerStore:
         storage: Storage,
         forms: tuple[KVForm, KVForm],
         expansion: Expansion,
+        traffic: DiskTraffic,
         attended_packed: bool,
     ) -> None:
         self.index, self.slots, self.columns, self.attended_packed = index, slots, columns, attended_packed
         self.segments: list[Segment] = []
         self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
-        self._storage, self._forms, self._expansion = storage, forms, expansion
+        self._storage, self._forms, self._expansion, self._traffic = storage, forms, expansion, traffic
         self._dtype = torch.float32
         self._sizes: tuple[int, int] = (0, 0)
 
@@ -84,13 +108,24 @@ class LayerStore:
         first = 0
         for tier, count in self._counts.items():
             if count:
-                parts = tuple(
-                    self._storage.zeros(tier, (count, new.shape[1], self.columns, size), dtype, KV)
+                shapes = [
+                    ((new.shape[1], self.columns, size), dtype)
                     for new, form in zip((keys, values), self._forms, strict=True)
                     for size, dtype in form.stored(new.shape[3], new.dtype)
-                )
-                self.segments.append(Segment(tier, first, count, parts))
+                ]
+                self.segments.append(self._segment_on(tier, first, count, BlockLayout(shapes)))
                 first += count
+
+    def _segment_on(self, tier: Tier, first: int, count: int, layout: BlockLayout) -> Segment:
+        if tier is not Tier.DISK:
+            parts = tuple(self._storage.zeros(tier, (count, *sizes), dtype, KV) for sizes, dtype in layout.shapes)
+            return Segment(tier, first, count, parts)
+        file = self._storage.file(count * layout.nbytes, KV)
+        tails = tuple(
+            self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
+            for (heads, _, size), dtype in layout.shapes
+        )
+        return Segment(tier, first, count, (), DiskSlots(first, count, layout, file, tails, self._traffic))
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
         """Keys and values as they are stored."""
@@ -109,7 +144,9 @@ class LayerStore:
         made = self.pack(keys, values)
         for segment in self.segments:
             stop = min(keys.shape[0], segment.first + segment.count)
-            if stop > segment.first:
+            if stop > segment.first and segment.disk is not None:
+                segment.disk.write_column(column, tuple(new[segment.first : stop, :, 0] for new in made))
+            elif stop > segment.first:
                 for room, new in zip(segment.parts, made, strict=True):
                     room[: stop - segment.first, :, column] = new[segment.first : stop, :, 0]
 
@@ -117,9 +154,12 @@ class LayerStore:
         """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
         columns = slice(end + 1 - parts[0].shape[2], end + 1)
         for row, slot in enumerate(slots):
-            segment = self._segment(slot)
-            for room, new in zip(segment.parts, parts, strict=True):
-                room[slot - segment.first, :, columns] = new[row]
+            segment, mine = self._segment(slot), tuple(part[row] for part in parts)
+            if segment.disk is not None:
+                segment.disk.write_prompt(slot - segment.first, columns, mine)
+                continue
+            for room, new in zip(segment.parts, mine, strict=True):
+                room[slot - segment.first, :, columns] = new
 
     def read(
         self, rows: int, first: int, end: int, device: torch.device, *, host_attention: bool = False
@@ -128,10 +168,11 @@ class LayerStore:
         possible, tier by tier. With `host_attention` plain ones on the host stay there."""
         columns = slice(first, end + 1)
         if self._is_packed:
-            return [OwnKeys(*self._unpacked(self._blocks(rows), rows, columns), slice(0, rows))]
+            blocks = [(segment.decoded(inside, columns), outside) for segment, inside, outside in self._blocks(rows)]
+            return [OwnKeys(*self._unpacked(blocks, rows, columns), slice(0, rows))]
         read = []
         for segment, inside, outside in self._blocks(rows):
-            keys, values = (part[inside, :, columns] for part in segment.parts)
+            keys, values = segment.decoded(inside, columns)
             if not (host_attention and segment.tier is Tier.HOST):
                 keys, values = keys.to(device), values.to(device)
             read.append(OwnKeys(keys, values, outside))
@@ -139,38 +180,36 @@ class LayerStore:
 
     def packed(self, rows: int, first: int, end: int) -> list[PackedKeys]:
         """The same as they are kept, tier by tier."""
-        half, columns = len(self.segments[0].parts) // 2, slice(first, end + 1)
+        columns = slice(first, end + 1)
         return [
-            PackedKeys(parts[:half], parts[half:], outside)
+            PackedKeys(parts[: len(parts) // 2], parts[len(parts) // 2 :], outside)
             for segment, inside, outside in self._blocks(rows)
-            for parts in (tuple(part[inside, :, columns] for part in segment.parts),)
+            for parts in (segment.decoded(inside, columns),)
         ]
 
-    def gather(self, slots: Sequence[int], first: int, end: int, device: torch.device) -> KeysAndValues:
-        """Keys and values `[slots, heads, columns, head_dim]` of these slots in columns `first` to `end`, on `device`;
-        a view where that is possible."""
-        columns = slice(first, end + 1)
-        blocks = [
-            (segment, slice(slot - segment.first, slot - segment.first + 1), slice(row, row + 1))
-            for row, slot in enumerate(slots)
-            for segment in (self._segment(slot),)
-        ]
+    def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
+        """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its
+        keys and values `[1, heads, columns, head_dim]` in columns `first` to `end`, on `device`."""
+        segment, columns = self._segment(slot), slice(end + 1 - parts[0].shape[2], end + 1)
+        if segment.disk is not None:
+            held = segment.disk.write_part(slot - segment.first, columns, tuple(part[0] for part in parts))
+        else:
+            self.write_prompts([slot], end, parts)
+            held = segment.slot(slot)
+        seen = tuple(part[None, :, first : end + 1] for part in held)
         if self._is_packed:
-            return self._unpacked(blocks, len(slots), columns)
-        keys, values = (
-            [segment.parts[which][inside, :, columns].to(device) for segment, inside, _ in blocks] for which in (0, 1)
-        )
-        return (keys[0], values[0]) if len(slots) == 1 else (torch.cat(keys), torch.cat(values))
+            return self._unpacked([(seen, slice(0, 1))], 1, slice(first, end + 1))
+        return seen[0].to(device), seen[1].to(device)
 
     def move(self, source: int, target: int) -> None:
         """Copies slot `source` over slot `target`."""
-        of = {slot: self._segment(slot) for slot in (source, target)}
-        for old, new in zip(of[source].parts, of[target].parts, strict=True):
-            new[target - of[target].first] = old[source - of[source].first]
+        self._segment(target).put(target, self._segment(source).slot(source))
 
     def shift(self, by: int, slots: int) -> None:
         """Moves all columns of the first `slots` slots to the left by `by`, one by one so that the copy stays small."""
         for segment in self.segments:
+            if segment.disk is not None:
+                segment.disk.shift(by, slots - segment.first)
             for part in segment.parts:
                 for slot in part[: max(0, slots - segment.first)]:
                     slot[:, : self.columns - by] = slot[:, by:].clone()
@@ -202,15 +241,14 @@ class LayerStore:
     def _segment(self, slot: int) -> Segment:
         return next(s for s in self.segments if s.first <= slot < s.first + s.count)
 
-    def _unpacked(self, blocks: Iterable[tuple[Segment, slice, slice]], rows: int, columns: slice) -> KeysAndValues:
-        """Slots of segments (the second of a block) as rows of a batch (the third), in the one room for that."""
-        half, tokens = len(self.segments[0].parts) // 2, columns.stop - columns.start
+    def _unpacked(self, blocks: Sequence[tuple[Parts, slice]], rows: int, columns: slice) -> KeysAndValues:
+        """Packed tokens as rows of a batch (the second of a block), in the one room for that."""
+        packed, tokens = blocks[0][0], columns.stop - columns.start
         keys, values = (
-            self._expansion.room(what, (rows, self.segments[0].parts[at].shape[1], tokens, size), self._dtype)
-            for what, at, size in zip(("keys", "values"), (0, half), self._sizes, strict=True)
+            self._expansion.room(what, (rows, packed[at].shape[1], tokens, size), self._dtype)
+            for what, at, size in zip(("keys", "values"), (0, len(packed) // 2), self._sizes, strict=True)
         )
-        for segment, inside, outside in blocks:
-            parts = tuple(part[inside, :, columns] for part in segment.parts)
+        for parts, outside in blocks:
             self._unpack(parts, keys[outside], values[outside])
         return keys, values
 
@@ -237,8 +275,9 @@ class KVArena:
         self.end = span - 1
         self._storage, self._in_use = storage, slots
         forms, expansion = kv_forms(bits), Expansion(1 if attended_packed else slots, span, storage)
+        self._traffic = DiskTraffic(lambda nbytes: storage.budgets[storage.main_memory].reserve(nbytes, FROM_DISK))
         self.layers = [
-            LayerStore(index, slots, self.columns, each, storage, forms, expansion, attended_packed)
+            LayerStore(index, slots, self.columns, each, storage, forms, expansion, self._traffic, attended_packed)
             for index, each in enumerate(counts)
         ]
 
@@ -272,3 +311,7 @@ class KVArena:
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:
             layer.move(source, target)
+
+    def close(self) -> None:
+        """Waits for what is on its way to the disk. Safe to repeat."""
+        self._traffic.close()

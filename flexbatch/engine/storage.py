@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.memory.direct_io import AlignedBuffer
+from flexbatch.memory.disk_file import DiskFile
 from flexbatch.memory.pages import give_back, gives_back
 from flexbatch.memory.tiers import DiskArena, HostArena, TierBudget
 from flexbatch.plan.policy import Shares, Tier
@@ -20,7 +21,7 @@ class Storage:
     def __init__(self, device: torch.device, budgets: Mapping[Tier, TierBudget], disk_folder: Path) -> None:
         self.device, self.budgets = device, budgets
         self._host = HostArena(budgets[Tier.HOST], pinned=device.type == "cuda")
-        self._disk_folder, self._disk_arenas = disk_folder, list[DiskArena]()
+        self._disk_folder, self._disk_arenas, self._disk_files = disk_folder, list[DiskArena](), list[DiskFile]()
 
     def zeros(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
@@ -35,6 +36,17 @@ class Storage:
             # Beside the heap: what lives long there keeps the room of what was freed before it from being used again.
             return AlignedBuffer(nbytes).view(0, dtype, shape)
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def file(self, nbytes: int, what: str) -> DiskFile:
+        """A file on the disk tier, admitted likewise."""
+        self.budgets[Tier.DISK].reserve(nbytes, what)
+        self._disk_files.append(DiskFile(self._disk_folder, nbytes))
+        return self._disk_files[-1]
+
+    @property
+    def main_memory(self) -> Tier:
+        """The tier that main memory is."""
+        return Tier.DEVICE if self.device.type == "cpu" else Tier.HOST
 
     @property
     def gives_back(self) -> bool:
@@ -54,6 +66,8 @@ class Storage:
     def close(self) -> None:
         for arena in self._disk_arenas:
             arena.close()
+        for file in self._disk_files:
+            file.close()
         self._host.close()
 
 

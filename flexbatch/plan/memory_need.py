@@ -32,6 +32,13 @@ def logits_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
 
 
+# Of a cache on disk: the newest columns, which wait in memory until they are written together; slots of a layer that
+# wait to be written; and a slot's parts, which begin on pages (plain, packed).
+TAIL_COLUMNS = 32
+OUTGOING_BLOCKS = 3
+PARTS, PACKED_PARTS = 2, 6
+PAGE = 4096
+
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
 _GIVEN_BACK = {"activations", "logits"}
 
@@ -131,6 +138,13 @@ def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -
     return all(is_attended_packed(sizes, policy.kv_bits) for sizes in spec.head_sizes)
 
 
+def is_gathered(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
+    """Whether attention is to find all tiers' keys and values in one place, on the device."""
+    if policy.kv.device > 1.0 - 1e-9 or policy.kv_bits < 16 or policy.host_attention:
+        return False
+    return hardware.has_accelerator or not spec.side_by_side
+
+
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
     """Every use of every tier at the job's peak."""
     workload = _as_run(workload, policy)
@@ -200,8 +214,11 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
         plain = spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers)
         rows = 1 if attends_packed(spec, hardware, policy) else policy.slots
         items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(rows * span(workload) * plain)))
-    elif policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
+    elif is_gathered(spec, hardware, policy):
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
+    if policy.kv.disk > 0:
+        tier = Tier.HOST if hardware.has_accelerator else Tier.DEVICE
+        items.append(Need("KV from disk", tier, _from_disk_bytes(spec, policy, counts[Tier.DISK], unit, workload)))
     if made := max(layer.expanded_size for layer in spec.layers):
         positions = max(policy.slots * span(workload), MICRO_BATCH_TOKENS)
         items.append(
@@ -212,6 +229,14 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
         nbytes = tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
         items.append(Need("KV of shared prefixes", Tier.DEVICE, math.ceil(nbytes)))
     return items
+
+
+def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, unit: int, workload: Workload) -> int:
+    """What is in memory of a cache on disk: two layers' slots, blocks to be written, in each layer the slot of the row
+    that enters in parts, and the newest columns."""
+    block = unit + PAGE * (PARTS if policy.kv_bits == 16 else PACKED_PARTS)
+    blocks = 2 * math.ceil(units / len(spec.layers)) + OUTGOING_BLOCKS + min(units, len(spec.layers))
+    return blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
 
 
 def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:

@@ -57,7 +57,7 @@ def fitted(
         kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
         if weights is not None:
             policy = replace(policy, weights=weights)
-        elif kv is not None and hardware.has_accelerator and not policy.host_attention:
+        elif kv is not None and (hardware.has_accelerator or policy.kv.disk > 0) and not policy.host_attention:
             policy = replace(policy, kv=kv)
         else:
             return None

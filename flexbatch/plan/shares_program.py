@@ -47,11 +47,12 @@ class Problem:
 def best_shares(problem: Problem, policy: Policy) -> Iterator[tuple[float, Policy]]:
     """Each case's best policy with its seconds, as the linear program sees them; nothing where none is feasible."""
     # With the whole cache on the device there is nothing for the host to attend to. Where device and host are one
-    # memory, a cache on disk is mapped pages that are written all the time: under a hard limit they count as memory.
-    if not problem.hardware.has_accelerator:
-        cases: tuple[bool, ...] = (False,)
+    # memory, rows on disk are worth it only if they share the weights' way from there, and if attention takes a cache
+    # that is apart.
+    if problem.hardware.has_accelerator:
+        cases: tuple[bool, ...] = (True,) if policy.host_attention else (False, True)
     else:
-        cases = (True,) if policy.host_attention else (False, True)
+        cases = (False, True) if policy.weights.device < 1.0 and problem.spec.side_by_side else (False,)
     for split_kv in cases:
         found = _solve(problem, policy, _open_tiers(problem.hardware, policy, split_kv))
         if found is not None:

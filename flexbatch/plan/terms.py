@@ -9,10 +9,12 @@ from enum import StrEnum
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
+    TAIL_COLUMNS,
     Need,
     attends_packed,
     first_used_bytes,
     held_weights,
+    is_gathered,
     kv_unit_bytes,
     number_bytes,
     streamable_bytes,
@@ -20,12 +22,11 @@ from flexbatch.plan.memory_need import (
 )
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.policy import Policy
-from flexbatch.plan.workload import PassLoad, Workload
+from flexbatch.plan.workload import PassLoad, Workload, columns
 
 # Packing a number of the KV cache takes so many times as long as expanding one: by a kernel on a CPU (measured: 2 to
 # 4), by torch elsewhere (6 at 8 bits, 9 at 4 bits).
 PACKING_TIMES, PACKING_TIMES_ELSEWHERE = 4, 8
-
 
 # Calling an expert costs so much of calling a layer.
 EXPERT_CALL = 0.08
@@ -188,11 +189,22 @@ def kv_terms(
     old = load.decoding * (workload.own_tokens + workload.new_tokens) * per_token
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
     on_disk, on_host = policy.kv.disk, policy.kv.host
-    if on_disk:
+    if on_disk and hardware.has_accelerator:
         # A mapped file: reading waits for the disk, writing only for the copy; the disk writes behind it.
         read, written = old * on_disk, new * on_disk
         seconds = read / hardware.disk_read + written / hardware.memory_copy
         yield Term("KV on disk", Resource.COMPUTE, seconds, read + written, "bytes")
+        yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
+    elif on_disk:
+        # Read ahead like weights, and written behind: rows once, those that grow long again. (How much of it is hidden
+        # where there is an accelerator was not measured.)
+        read = old * on_disk
+        again = max(0.0, workload.new_tokens / TAIL_COLUMNS - 1.0) / workload.new_tokens
+        written = load.joining * columns(workload) * per_token * on_disk
+        written += load.decoding * again * columns(workload) * per_token * on_disk
+        stolen = (read + written) * hardware.read_cpu_seconds / hardware.cores
+        yield Term("KV threads", Resource.COMPUTE, stolen, read + written, "bytes")
+        yield Term("KV read from disk", Resource.DISK, read / hardware.disk_read, read, "bytes")
         yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
     if on_host and not policy.host_attention:
         seconds = old * on_host / hardware.host_to_device + new * on_host / hardware.device_to_host
@@ -201,7 +213,7 @@ def kv_terms(
         yield Term(
             "KV to host", Resource.DEVICE_TO_HOST, new * on_host / hardware.device_to_host, new * on_host, "bytes"
         )
-    if policy.kv_bits == 16 and 0 < policy.kv.device < 1.0 - 1e-9 and not policy.host_attention:
+    if is_gathered(spec, hardware, policy) and policy.kv.device > 0:
         nbytes = old * policy.kv.device
         yield Term("KV gathered", Resource.COMPUTE, nbytes / _device_copy(hardware), nbytes, "bytes")
     if policy.kv_bits < 16:

@@ -21,7 +21,7 @@ from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
-from flexbatch.plan.memory_need import kv_unit_bytes, kv_units, needs
+from flexbatch.plan.memory_need import PACKED_PARTS, PAGE, kv_unit_bytes, kv_units, needs
 from flexbatch.plan.model_spec import key_bits, kv_group_size, packed_head_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
@@ -216,8 +216,6 @@ def test_shifts_and_moves_keep_every_token(
         read = torch.stack([torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts])])
         for slot, tokens in model.items():
             assert read[:, slot, :, longest - len(tokens) :].equal(torch.stack(tokens, 2))
-            gathered = torch.stack(store.gather([slot], arena.end + 1 - len(tokens), arena.end, cpu))
-            assert gathered[:, 0].equal(torch.stack(tokens, 2))
     storage.close()
 
 
@@ -251,7 +249,8 @@ def test_the_budgets_hold_exactly_what_the_plan_says(family: str, bits: int, tmp
         next(iterator)
     unit = kv_unit_bytes(spec, workload, policy)
     for tier, count in kv_units(spec, policy).items():
-        assert budgets[tier].by_purpose.get("KV cache", 0) == count * unit
+        padding = budgets[tier].by_purpose.get("KV cache", 0) - count * unit
+        assert padding == 0 or (tier is Tier.DISK and 0 < padding < count * PACKED_PARTS * PAGE)
     planned = {need.what: need.nbytes for need in needs(spec, machine("cpu-2core"), workload, policy)}
     what = "KV of one layer, expanded"
     if family == "llama-wide":  # only prompts that enter in parts would be expanded, one at a time

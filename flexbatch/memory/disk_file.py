@@ -1,0 +1,76 @@
+"""A file of ours for as long as the process lives: preallocated, nameless, read and written past the page cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from flexbatch.errors import EngineError, OutputError
+from flexbatch.memory.tiers import allocate
+
+
+class DiskFile:
+    """`nbytes` on the disk. Nothing is left of it however the process ends.
+
+    Offsets, lengths and addresses are multiples of a page (`direct_io.PAGE`). Where a filesystem has no direct access
+    (tmpfs, some network ones) the page cache is used. Reads and writes of different spans are safe from several
+    threads. CapacityError if the disk has no room, OutputError if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.nbytes, self._folder = nbytes, folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix="flexbatch-blocks-", dir=folder)
+        except OSError as error:
+            raise OutputError(
+                f"The folder {folder} for tensors on disk cannot be written: {error.strerror}.",
+                remedy="Set offload.disk_dir to a folder with write permission.",
+            ) from error
+        try:
+            allocate(descriptor, nbytes, folder)
+            self._descriptor = _direct(name)
+        finally:
+            os.close(descriptor)
+            Path(name).unlink()
+
+    def read(self, offset: int, target: memoryview) -> None:
+        """Fills `target` from byte `offset` on. EngineError with folder and offset where the disk fails."""
+        self._carry(os.preadv, "Reading", offset, target)
+
+    def write(self, offset: int, source: memoryview) -> None:
+        """Puts `source` at byte `offset`. EngineError likewise."""
+        self._carry(os.pwritev, "Writing", offset, source)
+
+    def close(self) -> None:
+        """Gives the disk space back. Reads and writes must be over; safe to repeat."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _carry(
+        self, call: Callable[[int, list[memoryview], int], int], what: str, offset: int, memory: memoryview
+    ) -> None:
+        done = 0
+        while done < len(memory):
+            try:
+                count = call(self._descriptor, [memory[done:]], offset + done)
+                if not count:
+                    raise OSError(errno.EIO, "the file ends there")
+            except OSError as error:
+                span = f"{len(memory) - done} bytes at byte {offset + done} of a file for tensors in {self._folder}"
+                raise EngineError(
+                    f"{what} {span} failed: {error.strerror}.",
+                    remedy="Check the disk, or set offload.disk_dir to another, and start the same command again.",
+                ) from error
+            done += count
+
+
+def _direct(name: str) -> int:
+    try:
+        return os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return os.open(name, os.O_RDWR)

@@ -1,0 +1,214 @@
+"""Rows of the KV cache on disk: every token is there in every pass, whatever joins, grows, moves and is shifted."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.engine import kv_arena, kv_disk
+from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.opening import Limits
+from flexbatch.engine.storage import Storage
+from flexbatch.errors import CapacityError, EngineError, OutputError
+from flexbatch.memory.direct_io import PAGE, AlignedBuffer
+from flexbatch.memory.disk_file import DiskFile
+from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.records import Request, Sampling
+from tests.engine.families import prompts, reference, saved
+from tests.engine.running import answer, assert_same_tokens, engine
+
+CPU = torch.device("cpu")
+LAYERS, SLOTS, HEADS, SIZE, SPAN, SLACK, TAIL = 3, 4, 2, 8, 12, 4, 3
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def short_tails() -> Iterator[None]:
+    """Rows outgrow what waits in memory after `TAIL` tokens."""
+    whole = kv_disk.TAIL_COLUMNS
+    kv_disk.TAIL_COLUMNS = kv_arena.TAIL_COLUMNS = TAIL  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        kv_disk.TAIL_COLUMNS = kv_arena.TAIL_COLUMNS = whole  # type: ignore[attr-defined]
+
+
+class Rows:
+    """An arena beside plain lists of what each row's tokens are, layer by layer."""
+
+    def __init__(self, tiers: tuple[int, int], bits: int, seed: int, folder: Path) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self.storage = Storage(CPU, Limits().budgets(), folder)
+        self.arena = KVArena([tiers] * LAYERS, SLOTS, SPAN, SLACK, self.storage, bits)
+        self.tokens: dict[int, list[torch.Tensor]] = {}  # by slot: one `[layers, 2, heads, size]` for each token
+        self.entering: tuple[int, list[torch.Tensor], int] | None = None
+
+    def new(self, count: int) -> list[torch.Tensor]:
+        states = torch.randn(LAYERS, 2, 1, HEADS, count, SIZE, generator=self._generator).bfloat16()
+        for layer, store in enumerate(self.arena.layers):
+            store.prepare(*states[layer])
+        return list(states[:, :, 0].unbind(3))
+
+    def seen(self, tokens: list[torch.Tensor], layer: int) -> torch.Tensor:
+        """What the cache has left of a row's tokens, `[2, heads, tokens, size]`."""
+        store, states = self.arena.layers[layer], self._states(tokens, layer)
+        return torch.stack(store.seen(store.pack(*states), *states))[:, 0]
+
+    def join(self, slot: int, count: int) -> None:
+        tokens = self.tokens[slot] = self.new(count)
+        for layer, store in enumerate(self.arena.layers):
+            store.write_prompts([slot], self.arena.end, store.pack(*self._states(tokens, layer)))
+
+    def enter(self, slot: int, first: int, rest: int) -> None:
+        """Half of a prompt; the other half comes with the next pass."""
+        self.arena.reserve(1, self._in_use(slot))
+        self.entering = (slot, self.new(first), rest)
+        self._extend(slot, self.entering[1], 0, self.arena.end + 1 - rest)
+
+    def move(self, source: int, target: int) -> None:
+        self.arena.move(source, target)
+        self.tokens[target] = self.tokens.pop(source)
+
+    def one_pass(self) -> None:
+        """All rows gain a token, and find what they had; then the row that enters gets the rest of its prompt."""
+        self.arena.advance(self._in_use())
+        if self.tokens:
+            self._decode()
+        if self.entering is not None:
+            slot, tokens, rest = self.entering
+            self.entering, self.tokens[slot] = None, tokens + self.new(rest)
+            self._extend(slot, self.tokens[slot], len(tokens), self.arena.end)
+
+    def _decode(self) -> None:
+        rows, longest = 1 + max(self.tokens), 1 + max(map(len, self.tokens.values()))
+        fresh = torch.stack([token for _ in range(rows) for token in self.new(1)])
+        for slot, tokens in self.tokens.items():
+            tokens.append(fresh[slot])
+        for layer, store in enumerate(self.arena.layers):
+            store.write_column(self.arena.end, fresh[:, layer, 0, :, None], fresh[:, layer, 1, :, None])
+            parts = store.read(rows, self.arena.end + 1 - longest, self.arena.end, CPU)
+            read = torch.stack([torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts])], 1)
+            for slot, tokens in self.tokens.items():
+                assert read[slot, :, :, longest - len(tokens) :].equal(self.seen(tokens, layer))
+
+    def _extend(self, slot: int, tokens: list[torch.Tensor], held: int, end: int) -> None:
+        for layer, store in enumerate(self.arena.layers):
+            packed = store.pack(*self._states(tokens[held:], layer))
+            seen = store.extend(slot, end + 1 - len(tokens), end, packed, CPU)
+            assert torch.stack(seen)[:, 0].equal(self.seen(tokens, layer))
+
+    def _in_use(self, slot: int = -1) -> int:
+        return 1 + max([slot, *self.tokens, *([self.entering[0]] if self.entering else [])])
+
+    @staticmethod
+    def _states(tokens: list[torch.Tensor], layer: int) -> States:
+        keys, values = torch.stack(tokens, 3)[layer]
+        return keys[None], values[None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([16, 8, 4]),
+    tiers=st.sampled_from([(0, 0), (2, 0), (1, 1), (3, 0)]),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("join"), st.integers(0, 3), st.integers(1, 5)),
+            st.tuples(st.just("enter"), st.integers(0, 3), st.integers(1, 4)),
+            st.tuples(st.just("leave"), st.integers(0, 3), st.just(0)),
+            st.tuples(st.just("move"), st.integers(0, 3), st.integers(0, 3)),
+            st.tuples(st.just("pass"), st.just(0), st.integers(1, 4)),
+        ),
+        max_size=20,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_every_token_of_every_row_is_read_in_every_pass(
+    bits: int, tiers: tuple[int, int], steps: list[tuple[str, int, int]], seed: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, short_tails():
+        rows = Rows(tiers, bits, seed, Path(folder))
+        for kind, slot, number in steps:
+            busy = set(rows.tokens) | ({rows.entering[0]} if rows.entering else set())
+            if kind == "join" and slot not in busy:
+                rows.join(slot, number)
+            elif kind == "enter" and slot not in busy and rows.entering is None:
+                rows.enter(slot, number, 1 + seed % 3)
+            elif kind == "leave":
+                rows.tokens.pop(slot, None)
+            elif kind == "move" and slot in rows.tokens and number not in busy:
+                rows.move(slot, number)
+            for _ in range(number if kind == "pass" else 0):
+                rows.tokens = {at: tokens for at, tokens in rows.tokens.items() if len(tokens) < SPAN}
+                rows.one_pass()
+        rows.arena.close()
+        rows.storage.close()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bloom", "mixtral"])
+@pytest.mark.parametrize("kv", [Shares(0, 0), Shares(0.4, 0.2)], ids=["disk", "mixed"])
+def test_greedy_tokens_are_those_of_transformers_with_rows_on_disk(family: str, kv: Shares, tmp_path: Path) -> None:
+    longest, new_tokens, rows = 20, 6, prompts(9, 20)
+    with short_tails():
+        running = engine(saved(family), Policy(kv=kv, slots=4, prefill_tokens=12), longest + new_tokens, tmp_path)
+        sampling = Sampling(max_new_tokens=new_tokens)
+        done, _ = answer(running, (Request(index, row, sampling) for index, row in enumerate(rows)))
+    for index, row in enumerate(rows):
+        assert_same_tokens(family, row, done[index].token_ids, reference(family, row, new_tokens))
+
+
+def test_what_is_on_disk_is_in_memory_only_by_a_few_layers(tmp_path: Path) -> None:
+    rows = Rows((0, 0), 16, 0, tmp_path)
+    for slot in range(SLOTS):
+        rows.join(slot, 3)
+    rows.one_pass()
+    booked = rows.storage.budgets[Tier.DEVICE].by_purpose["KV from disk"]
+    block = 2 * PAGE  # keys and values, each less than a page
+    tails = LAYERS * SLOTS * 2 * HEADS * kv_disk.TAIL_COLUMNS * SIZE * 2
+    assert booked == tails + (2 * SLOTS + kv_disk.OUTGOING_BLOCKS) * block
+    rows.arena.close()
+    rows.storage.close()
+
+
+def test_a_disk_that_fails_is_an_error_of_the_pass_with_folder_byte_and_remedy(tmp_path: Path) -> None:
+    rows = Rows((0, 0), 16, 0, tmp_path)
+    rows.join(0, 3)
+    rows.one_pass()
+    full = os.open("/dev/full", os.O_RDWR)
+    os.dup2(full, rows.arena.layers[0].segments[0].disk.file._descriptor)  # type: ignore[union-attr]
+    os.close(full)
+    rows.join(1, 2)
+    with pytest.raises(EngineError, match=r"Writing \d+ bytes at byte 8192 of a file for tensors in ") as caught:
+        rows.one_pass()
+    assert str(tmp_path) in str(caught.value)
+    assert "offload.disk_dir" in caught.value.remedy
+    rows.arena.close()
+    rows.storage.close()
+
+
+def test_a_disk_file_has_no_name_and_gives_back_what_was_written(tmp_path: Path) -> None:
+    file = DiskFile(tmp_path, 4 * PAGE)
+    assert list(tmp_path.iterdir()) == []
+    written, read = AlignedBuffer(2 * PAGE), AlignedBuffer(4 * PAGE)
+    written.tensor.fill_(7)
+    file.write(PAGE, written.bytes)
+    file.read(0, read.bytes)
+    assert read.tensor.view(4, PAGE).float().mean(1).tolist() == [0, 7, 7, 0]
+    file.close()
+    file.close()
+
+
+def test_a_disk_that_is_too_small_or_not_writable_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="disk needs"):
+        DiskFile(tmp_path, 1 << 50)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        DiskFile(tmp_path / "file" / "folder", PAGE)
