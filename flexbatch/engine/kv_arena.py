@@ -55,7 +55,8 @@ class Segment:
         """All columns of one of the layer's slots become these."""
         if self.disk is not None:
             self.disk.store(number - self.first, parts)
-        for room, new in zip(self.parts, parts, strict=False):
+            return
+        for room, new in zip(self.parts, parts, strict=True):
             room[number - self.first] = new
 
 

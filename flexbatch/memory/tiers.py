@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from flexbatch.errors import CapacityError, ConfigError, OutputError
-from flexbatch.memory.direct_io import page_ceil, page_floor
+from flexbatch.memory.direct_io import page_ceil
 from flexbatch.memory.main_memory import available_memory, memory_limit
 
 __all__ = [
@@ -142,22 +142,6 @@ class DiskArena:
         self.used += page_ceil(nbytes)
         return flat.view(dtype).view(tuple(shape))
 
-    def prefetch(self, tensor: torch.Tensor) -> None:
-        """Asks the kernel to read the tensor's pages ahead; returns at once."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED, *self._pages(tensor))
-
-    def evict(self, tensor: torch.Tensor) -> None:
-        """Writes the tensor's pages to the file and gives up the memory they take; its values stay."""
-        start, nbytes = self._pages(tensor)
-        if not nbytes:
-            return
-        self._map.flush(start, nbytes)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, nbytes)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
-
     def close(self) -> None:
         """Gives the disk space back once the last tensor is gone. Safe to repeat."""
         if self._descriptor >= 0:
@@ -165,11 +149,6 @@ class DiskArena:
             self._descriptor = -1
             # Unmapping now would pull the memory from under tensors that are still held: each keeps the mapping alive.
             del self._whole, self._map
-
-    def _pages(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Start and length of the whole pages that the (contiguous) tensor's memory touches."""
-        start = tensor.data_ptr() - self._whole.data_ptr()
-        return page_floor(start), page_ceil(start + tensor.nbytes) - page_floor(start) if tensor.nbytes else 0
 
 
 class HostArena:

@@ -189,23 +189,20 @@ def kv_terms(
     old = load.decoding * (workload.own_tokens + workload.new_tokens) * per_token
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
     on_disk, on_host = policy.kv.disk, policy.kv.host
-    if on_disk and hardware.has_accelerator:
-        # A mapped file: reading waits for the disk, writing only for the copy; the disk writes behind it.
-        read, written = old * on_disk, new * on_disk
-        seconds = read / hardware.disk_read + written / hardware.memory_copy
-        yield Term("KV on disk", Resource.COMPUTE, seconds, read + written, "bytes")
-        yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
-    elif on_disk:
-        # Read ahead like weights, and written behind: rows once, those that grow long again. (How much of it is hidden
-        # where there is an accelerator was not measured.)
+    if on_disk:
+        # Read ahead like weights, and written behind: rows once, those that grow long again. On a CPU that is all;
+        # attention on an accelerator waits for a copy as well (computed, not measured).
         read = old * on_disk
         again = max(0.0, workload.new_tokens / TAIL_COLUMNS - 1.0) / workload.new_tokens
-        written = load.joining * columns(workload) * per_token * on_disk
-        written += load.decoding * again * columns(workload) * per_token * on_disk
-        stolen = (read + written) * hardware.read_cpu_seconds / hardware.cores
-        yield Term("KV threads", Resource.COMPUTE, stolen, read + written, "bytes")
+        rows_written = load.joining + load.decoding * again
+        written = rows_written * columns(workload) * per_token * on_disk
         yield Term("KV read from disk", Resource.DISK, read / hardware.disk_read, read, "bytes")
         yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
+        if hardware.has_accelerator:
+            yield Term("KV to device", Resource.COMPUTE, read / hardware.host_to_device, read, "bytes")
+        else:
+            stolen = (read + written) * hardware.read_cpu_seconds / hardware.cores
+            yield Term("KV threads", Resource.COMPUTE, stolen, read + written, "bytes")
     if on_host and not policy.host_attention:
         seconds = old * on_host / hardware.host_to_device + new * on_host / hardware.device_to_host
         yield Term("KV on host", Resource.COMPUTE, seconds, (old + new) * on_host, "bytes")

@@ -87,15 +87,13 @@ def test_a_host_arena_reserves_before_it_allocates_and_gives_back_at_the_end() -
     assert budget.used == 0
 
 
-def test_tensors_on_disk_keep_their_values_when_their_memory_is_given_up(tmp_path: Path) -> None:
+def test_tensors_on_disk_keep_their_values_as_long_as_they_are_held(tmp_path: Path) -> None:
     arena = DiskArena(tmp_path, 1 << 20)
     first, second = arena.tensor((3, 5), torch.bfloat16), arena.tensor((1000,), torch.int32)
     assert not first.any()
     first.fill_(2)
     second.copy_(torch.arange(1000))
-    arena.evict(second)
-    arena.evict(arena.tensor((0, 4), torch.float32))
-    arena.prefetch(second)
+    assert arena.tensor((0, 4), torch.float32).shape == (0, 4)
     assert first.eq(2).all()
     assert second.equal(torch.arange(1000, dtype=torch.int32))
     arena.close()
