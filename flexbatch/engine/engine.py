@@ -7,7 +7,7 @@ for the next pass. Compute and weight traffic overlap evenly on every pass, so a
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from flexbatch.engine.row_slots import RowSlots
 from flexbatch.engine.schedule import in_turn, pack, pack_alike
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
+from flexbatch.memory.transfer import StreamStatistics
 from flexbatch.plan.admission import Admission
 from flexbatch.plan.policy import Tier
 from flexbatch.records import Completion, PassResult, Request
@@ -90,14 +91,14 @@ class Engine:
         """Answers all requests. Each result tells what one pass brought; completions come in the order of finishing."""
         self._begin()
         while True:
-            started, before = time.perf_counter(), self._weights.statistics()
+            started, before = time.perf_counter(), self._statistics()
             this = _Pass()
             self._fetch(requests, this)
             if not (this.completions or self._waiting or self._slots.live or self._entering):
                 return
             with torch.inference_mode():
                 self._one_pass(this)
-            after = self._weights.statistics()
+            after = self._statistics()
             yield PassResult(
                 completions=tuple(this.completions),
                 new_tokens={row.request.index: (row.tokens[-1],) for row in this.grown},
@@ -108,10 +109,8 @@ class Engine:
                 rows_in_flight=len(self._slots.live) + (self._entering is not None),
                 prefill_tokens=this.prefill_tokens,
                 decode_tokens=this.decode_tokens,
-                waits={"weights": after.wait_seconds - before.wait_seconds},
-                bytes_moved={
-                    link: count - before.bytes_moved.get(link, 0) for link, count in after.bytes_moved.items()
-                },
+                waits={cause: each.wait_seconds - before[cause].wait_seconds for cause, each in after.items()},
+                bytes_moved=dict(_bytes_moved(after) - _bytes_moved(before)),
             )
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -131,6 +130,10 @@ class Engine:
         self._weights.close()
         self._arena.close()
         self._storage.close()
+
+    def _statistics(self) -> dict[str, StreamStatistics]:
+        """What was waited for, and what has moved on its behalf."""
+        return {"weights": self._weights.statistics(), "kv": self._arena.statistics()}
 
     def _fetch(self, requests: Iterator[Request], this: _Pass) -> None:
         """Keeps as many requests waiting as could join; those whose journal already holds everything are done."""
@@ -327,3 +330,8 @@ class Engine:
             return False
         this.completions.append(done)
         return True
+
+
+def _bytes_moved(statistics: Mapping[str, StreamStatistics]) -> Counter[str]:
+    """Bytes by link, whatever for."""
+    return sum((Counter(each.bytes_moved) for each in statistics.values()), Counter[str]())

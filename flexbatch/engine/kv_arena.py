@@ -21,6 +21,7 @@ from flexbatch.engine.kv_disk import BlockLayout, DiskSlots, DiskTraffic
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
+from flexbatch.memory.transfer import StreamStatistics
 from flexbatch.plan.memory_need import TAIL_COLUMNS
 from flexbatch.plan.policy import Tier
 
@@ -312,6 +313,10 @@ class KVArena:
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:
             layer.move(source, target)
+
+    def statistics(self) -> StreamStatistics:
+        """The traffic of rows that are on disk."""
+        return self._traffic.statistics()
 
     def close(self) -> None:
         """Waits for what is on its way to the disk. Safe to repeat."""

@@ -8,16 +8,18 @@ Only whole blocks are ever written.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flexbatch.engine.kv_form import Parts
 from flexbatch.memory.direct_io import AlignedBuffer, page_ceil
 from flexbatch.memory.disk_file import DiskFile
+from flexbatch.memory.transfer import NO_STATISTICS, StreamStatistics
 from flexbatch.plan.memory_need import OUTGOING_BLOCKS, TAIL_COLUMNS
 
 READ_BYTES = 8 << 20
@@ -176,6 +178,7 @@ class DiskTraffic:
         self._free: list[AlignedBuffer] = []
         self._sent: deque[tuple[DiskSlots, AlignedBuffer, Future[None]]] = deque()
         self._made = 0
+        self._waited, self._moved = 0.0, Counter[str]()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kv-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-writer")
 
@@ -205,8 +208,7 @@ class DiskTraffic:
             if rows <= reading.rows
             else reading.reads + self._reads(slots, reading.rows, rows, reading.room)
         )
-        for read in reads:
-            read.result()
+        self._await(reads)
         return slots.layout.views(reading.room, rows)
 
     def fetch(self, slots: DiskSlots, slot: int) -> Parts:
@@ -214,7 +216,7 @@ class DiskTraffic:
         self._discard()
         self._finish(slots)
         size, room = slots.layout.nbytes, self._room(0)
-        slots.file.read(slot * size, room.bytes[:size])
+        self._await([self._reader_of(slots, slot * size, room.bytes[:size])])
         return slots.layout.views(room, 1)
 
     def outgoing(self, nbytes: int) -> AlignedBuffer:
@@ -230,7 +232,12 @@ class DiskTraffic:
     def send(self, slots: DiskSlots, slot: int, block: AlignedBuffer) -> None:
         size = slots.layout.nbytes
         written = self._writer.submit(slots.file.write, slot * size, block.bytes[:size])
+        self._moved["device>disk"] += size
         self._sent.append((slots, block, written))
+
+    def statistics(self) -> StreamStatistics:
+        """Bytes by link and seconds that the walk waited, since the start; nothing else is counted."""
+        return replace(NO_STATISTICS, bytes_moved=Counter(self._moved), wait_seconds=self._waited)
 
     def close(self) -> None:
         """Waits for what is under way. Safe to repeat."""
@@ -240,7 +247,7 @@ class DiskTraffic:
     def _land(self) -> None:
         _, block, written = self._sent.popleft()
         self._free.append(block)
-        written.result()
+        self._await([written])
 
     def _finish(self, slots: DiskSlots) -> None:
         """What was sent to the layer is there."""
@@ -250,8 +257,7 @@ class DiskTraffic:
     def _discard(self) -> None:
         """What was read ahead is not needed."""
         ahead, self._ahead = self._ahead, None
-        for read in ahead.reads if ahead is not None else ():
-            read.result()
+        self._await(ahead.reads if ahead is not None else ())
 
     def _room(self, number: int) -> AlignedBuffer:
         if not self._rooms:
@@ -266,9 +272,19 @@ class DiskTraffic:
     def _reads(self, slots: DiskSlots, first: int, stop: int, room: AlignedBuffer) -> list[Future[None]]:
         start, end = first * slots.layout.nbytes, stop * slots.layout.nbytes
         return [
-            self._readers.submit(slots.file.read, offset, room.bytes[offset : min(offset + READ_BYTES, end)])
+            self._reader_of(slots, offset, room.bytes[offset : min(offset + READ_BYTES, end)])
             for offset in range(start, end, READ_BYTES)
         ]
+
+    def _reader_of(self, slots: DiskSlots, offset: int, target: memoryview) -> Future[None]:
+        self._moved["disk>device"] += len(target)
+        return self._readers.submit(slots.file.read, offset, target)
+
+    def _await(self, work: Iterable[Future[None]]) -> None:
+        started = time.perf_counter()
+        for each in work:
+            each.result()
+        self._waited += time.perf_counter() - started
 
 
 def _bytes_of(shape: PartShape) -> int:

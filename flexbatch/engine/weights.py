@@ -18,11 +18,9 @@ from flexbatch.engine.parameter_slots import Slot, parameter_slots, place_source
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer, Reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
-from flexbatch.memory.transfer import OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
+from flexbatch.memory.transfer import NO_STATISTICS, OnEvent, StreamStatistics, StreamTensor, StreamUnit, WeightStream
 from flexbatch.plan.placement import kept_weights, stream_bytes
 from flexbatch.plan.policy import Shares, Tier
-
-NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
 
 
 @dataclass(frozen=True)

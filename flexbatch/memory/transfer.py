@@ -35,7 +35,7 @@ from flexbatch.memory.stream_layout import (
     unit_regions,
 )
 
-__all__ = ["OnEvent", "StreamStatistics", "StreamTensor", "StreamUnit", "WeightStream"]
+__all__ = ["NO_STATISTICS", "OnEvent", "StreamStatistics", "StreamTensor", "StreamUnit", "WeightStream"]
 
 OnEvent = Callable[[str, str, float, float, int], None]
 """Called with kind (`read`, `copy`, `wait`), name of the unit, start and end (`time.perf_counter` seconds), bytes.
@@ -63,6 +63,9 @@ class StreamStatistics:
             wait_seconds=self.wait_seconds + other.wait_seconds,
             units_delivered=self.units_delivered + other.units_delivered,
         )
+
+
+NO_STATISTICS = StreamStatistics(bytes_moved={}, busy_seconds={}, wait_seconds=0.0, cpu_seconds=0.0, units_delivered=0)
 
 
 class WeightStream:
