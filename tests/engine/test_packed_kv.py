@@ -280,7 +280,7 @@ def test_prompts_that_enter_in_parts_see_what_whole_prompts_see(family: str, bit
     with torch.inference_mode():
         for start, end in ((0, 5), (5, 11), (11, 14)):
             part = caller.extend(
-                [tokens[start:end]], [0], [start], running._arena.end, 1, lambda logits, *_: read.append(logits[0, -1])
+                tokens[start:end], 0, start, running._arena.end, 1, lambda logits, *_: read.append(logits[0, -1])
             )
             walk([MicroBatch(partial(caller.alone, part))], running._weights.ready)
             running._arena.end += 3 if end == 11 else 6
