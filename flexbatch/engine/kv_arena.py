@@ -19,6 +19,7 @@ import torch
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_disk import BlockLayout, DiskSlots, DiskTraffic
 from flexbatch.engine.kv_form import KVForm, Parts, kv_forms
+from flexbatch.engine.kv_memory import MemorySlots
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.memory.transfer import StreamStatistics
@@ -31,34 +32,12 @@ KV, FROM_DISK = "KV cache", "KV from disk"
 
 @dataclass(frozen=True)
 class Segment:
-    """The slots `first` to `first + count - 1` of one layer, on one tier. `parts` are those of keys, then of values;
-    none are there of slots on `disk`."""
+    """The slots `first` to `first + count - 1` of one layer, on one tier."""
 
     tier: Tier
     first: int
     count: int
-    parts: Parts
-    disk: DiskSlots | None = None
-
-    def decoded(self, inside: slice, columns: slice) -> Parts:
-        """The slots that the decode batch attends to, in these columns."""
-        if self.disk is not None:
-            return self.disk.read(inside.stop, columns)
-        return tuple(part[inside, :, columns] for part in self.parts)
-
-    def slot(self, number: int) -> Parts:
-        """All columns of one of the layer's slots `[heads, columns, ...]`, for now."""
-        if self.disk is not None:
-            return self.disk.load(number - self.first)
-        return tuple(part[number - self.first] for part in self.parts)
-
-    def put(self, number: int, parts: Parts) -> None:
-        """All columns of one of the layer's slots become these."""
-        if self.disk is not None:
-            self.disk.store(number - self.first, parts)
-            return
-        for room, new in zip(self.parts, parts, strict=True):
-            room[number - self.first] = new
+    slots: MemorySlots | DiskSlots
 
 
 class Expansion:
@@ -115,19 +94,19 @@ class LayerStore:
                     for new, form in zip((keys, values), self._forms, strict=True)
                     for size, dtype in form.stored(new.shape[3], new.dtype)
                 ]
-                self.segments.append(self._segment_on(tier, first, count, BlockLayout(shapes)))
+                self.segments.append(Segment(tier, first, count, self._room(tier, first, count, BlockLayout(shapes))))
                 first += count
 
-    def _segment_on(self, tier: Tier, first: int, count: int, layout: BlockLayout) -> Segment:
+    def _room(self, tier: Tier, first: int, count: int, layout: BlockLayout) -> MemorySlots | DiskSlots:
         if tier is not Tier.DISK:
             parts = tuple(self._storage.zeros(tier, (count, *sizes), dtype, KV) for sizes, dtype in layout.shapes)
-            return Segment(tier, first, count, parts)
+            return MemorySlots(parts)
         file = self._storage.file(count * layout.nbytes, KV)
         tails = tuple(
             self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
             for (heads, _, size), dtype in layout.shapes
         )
-        return Segment(tier, first, count, (), DiskSlots(first, count, layout, file, tails, self._traffic))
+        return DiskSlots(first, count, layout, file, tails, self._traffic)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
         """Keys and values as they are stored."""
@@ -144,24 +123,15 @@ class LayerStore:
     def write_column(self, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One new token of the slots 0 to rows - 1: `[rows, heads, 1, head_dim]` into `column`."""
         made = self.pack(keys, values)
-        for segment in self.segments:
-            stop = min(keys.shape[0], segment.first + segment.count)
-            if stop > segment.first and segment.disk is not None:
-                segment.disk.write_column(column, tuple(new[segment.first : stop, :, 0] for new in made))
-            elif stop > segment.first:
-                for room, new in zip(segment.parts, made, strict=True):
-                    room[: stop - segment.first, :, column] = new[segment.first : stop, :, 0]
+        for segment, outside in self._blocks(keys.shape[0]):
+            segment.slots.write_column(column, tuple(new[outside, :, 0] for new in made))
 
     def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
         """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
         columns = slice(end + 1 - parts[0].shape[2], end + 1)
         for row, slot in enumerate(slots):
-            segment, mine = self._segment(slot), tuple(part[row] for part in parts)
-            if segment.disk is not None:
-                segment.disk.write_prompt(slot - segment.first, columns, mine)
-                continue
-            for room, new in zip(segment.parts, mine, strict=True):
-                room[slot - segment.first, :, columns] = new
+            segment = self._segment(slot)
+            segment.slots.write_prompt(slot - segment.first, columns, tuple(part[row] for part in parts))
 
     def read(
         self, rows: int, first: int, end: int, device: torch.device, *, host_attention: bool = False
@@ -170,11 +140,10 @@ class LayerStore:
         possible, tier by tier. With `host_attention` plain ones on the host stay there."""
         columns = slice(first, end + 1)
         if self._is_packed:
-            blocks = [(segment.decoded(inside, columns), outside) for segment, inside, outside in self._blocks(rows)]
+            blocks = [(parts, outside) for _, parts, outside in self._decoded(rows, columns)]
             return [OwnKeys(*self._unpacked(blocks, rows, columns), slice(0, rows))]
         read = []
-        for segment, inside, outside in self._blocks(rows):
-            keys, values = segment.decoded(inside, columns)
+        for segment, (keys, values), outside in self._decoded(rows, columns):
             if not (host_attention and segment.tier is Tier.HOST):
                 keys, values = keys.to(device), values.to(device)
             read.append(OwnKeys(keys, values, outside))
@@ -182,22 +151,16 @@ class LayerStore:
 
     def packed(self, rows: int, first: int, end: int) -> list[PackedKeys]:
         """The same as they are kept, tier by tier."""
-        columns = slice(first, end + 1)
         return [
             PackedKeys(parts[: len(parts) // 2], parts[len(parts) // 2 :], outside)
-            for segment, inside, outside in self._blocks(rows)
-            for parts in (segment.decoded(inside, columns),)
+            for _, parts, outside in self._decoded(rows, slice(first, end + 1))
         ]
 
     def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
         """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its
         keys and values `[1, heads, columns, head_dim]` in columns `first` to `end`, on `device`."""
         segment, columns = self._segment(slot), slice(end + 1 - parts[0].shape[2], end + 1)
-        if segment.disk is not None:
-            held = segment.disk.write_part(slot - segment.first, columns, tuple(part[0] for part in parts))
-        else:
-            self.write_prompts([slot], end, parts)
-            held = segment.slot(slot)
+        held = segment.slots.write_part(slot - segment.first, columns, tuple(part[0] for part in parts))
         seen = tuple(part[None, :, first : end + 1] for part in held)
         if self._is_packed:
             return self._unpacked([(seen, slice(0, 1))], 1, slice(first, end + 1))
@@ -205,23 +168,20 @@ class LayerStore:
 
     def move(self, source: int, target: int) -> None:
         """Copies slot `source` over slot `target`."""
-        self._segment(target).put(target, self._segment(source).slot(source))
+        old, new = self._segment(source), self._segment(target)
+        new.slots.store(target - new.first, old.slots.load(source - old.first))
 
     def shift(self, by: int, slots: int) -> None:
-        """Moves all columns of the first `slots` slots to the left by `by`, one by one so that the copy stays small."""
+        """Moves all columns of the first `slots` slots to the left by `by`."""
         for segment in self.segments:
-            if segment.disk is not None:
-                segment.disk.shift(by, slots - segment.first)
-            for part in segment.parts:
-                for slot in part[: max(0, slots - segment.first)]:
-                    slot[:, : self.columns - by] = slot[:, by:].clone()
+            segment.slots.shift(by, slots - segment.first)
 
     def on_device(self, slots: slice) -> Iterator[torch.Tensor]:
         """The memory on the device of some slots."""
         for segment in self.segments:
             first, stop = max(slots.start - segment.first, 0), min(slots.stop - segment.first, segment.count)
-            if segment.tier is Tier.DEVICE and stop > first:
-                yield from (part[first:stop] for part in segment.parts)
+            if segment.tier is Tier.DEVICE and stop > first and isinstance(segment.slots, MemorySlots):
+                yield from (part[first:stop] for part in segment.slots.parts)
 
     @property
     def _is_packed(self) -> bool:
@@ -232,10 +192,15 @@ class LayerStore:
         self._forms[0].unpack(parts[:half], keys)
         self._forms[1].unpack(parts[half:], values)
 
-    def _blocks(self, rows: int) -> list[tuple[Segment, slice, slice]]:
-        """The segments that have some of the slots 0 to `rows` - 1: which of their own, and which of all."""
+    def _decoded(self, rows: int, columns: slice) -> Iterator[tuple[Segment, Parts, slice]]:
+        """What each segment has of the decode batch in these columns, and which of its rows these are."""
+        for segment, outside in self._blocks(rows):
+            yield segment, segment.slots.read(outside.stop - outside.start, columns), outside
+
+    def _blocks(self, rows: int) -> list[tuple[Segment, slice]]:
+        """The segments that have some of the slots 0 to `rows` - 1, and which of these."""
         return [
-            (segment, slice(0, stop - segment.first), slice(segment.first, stop))
+            (segment, slice(segment.first, stop))
             for segment in self.segments
             if (stop := min(rows, segment.first + segment.count)) > segment.first
         ]

@@ -49,6 +49,10 @@ class BlockLayout:
             start += page_ceil(nbytes)
         return tuple(views)
 
+    def slot(self, buffer: AlignedBuffer) -> Parts:
+        """The parts `[heads, columns, ...]` of the first block in a buffer."""
+        return tuple(part[0] for part in self.views(buffer, 1))
+
 
 class DiskSlots:
     """The slots of one layer from `first` on, numbered from 0 here. `tails` are `[slots, heads, TAIL_COLUMNS, ...]`."""
@@ -79,23 +83,24 @@ class DiskSlots:
         """The slots 0 to rows - 1 in these columns, in memory until the layer after the next one is read."""
         parts = self._traffic.take(self, rows)
         for slot in range(rows):
-            self._add_newer(slot, tuple(part[slot] for part in parts))
+            mine = tuple(part[slot] for part in parts)
+            self._add_newer(slot, mine)
             if self._next - self._since.get(slot, self._next) == TAIL_COLUMNS:
-                self.store(slot, tuple(part[slot] for part in parts))
+                self.store(slot, mine)
         return tuple(part[:, :, columns] for part in parts)
 
     def write_prompt(self, slot: int, columns: slice, new: Parts) -> None:
         """All tokens of another row `[heads, width, ...]`; other columns of the slot are masked."""
-        block = self._traffic.outgoing(self.layout.nbytes)
-        for part, tokens in zip(self.layout.views(block, 1), new, strict=True):
-            part[0, :, columns] = tokens
+        block, parts = self._outgoing()
+        for part, tokens in zip(parts, new, strict=True):
+            part[:, columns] = tokens
         self._send(slot, block)
 
     def write_part(self, slot: int, columns: slice, new: Parts) -> Parts:
         """More tokens of a row that enters in parts; returns the slot's parts `[heads, columns, ...]`, with all so far.
         A row that entered before is complete."""
         if self._entering is not None and self._entering != slot:
-            self._put_entered()
+            self._put_entered(self._entering)
         self._entering = slot
         self._since.pop(slot, None)
         for part, tokens in zip(self._entered(), new, strict=True):
@@ -105,32 +110,36 @@ class DiskSlots:
     def shift(self, by: int, slots: int) -> None:
         """Moves all columns of the first `slots` slots to the left by `by`."""
         for slot in range(min(slots, self.count)):
-            parts = self._entered() if slot == self._entering and slot not in self._since else self.load(slot)
+            is_growing_in = slot == self._entering and slot not in self._since
+            parts = self._entered() if is_growing_in else self.load(slot)
             for part in parts:
                 part[:, :-by] = part[:, by:].clone()
-            if slot != self._entering or slot in self._since:
+            if not is_growing_in:
                 self.store(slot, parts)
 
     def load(self, slot: int) -> Parts:
         """The slot's parts `[heads, columns, ...]` with all tokens, in memory that the next `load` or `read` takes."""
-        parts = tuple(part[0] for part in self._traffic.fetch(self, slot))
+        parts = self.layout.slot(self._traffic.fetch(self, slot))
         self._add_newer(slot, parts)
         return parts
 
     def store(self, slot: int, parts: Parts) -> None:
         """Puts whole parts `[heads, columns, ...]` into the slot."""
-        block = self._traffic.outgoing(self.layout.nbytes)
-        for room, part in zip(self.layout.views(block, 1), parts, strict=True):
-            room[0] = part
+        block, rooms = self._outgoing()
+        for room, part in zip(rooms, parts, strict=True):
+            room.copy_(part)
         self._send(slot, block)
 
-    def _put_entered(self) -> None:
+    def _put_entered(self, slot: int) -> None:
         """The row that entered last goes to disk, with the tokens that it gained since."""
-        assert self._entering is not None
+        block, parts = self._outgoing()
+        self._add_newer(slot, parts)
+        self._send(slot, block)
+
+    def _outgoing(self) -> tuple[AlignedBuffer, Parts]:
+        """A block to be filled and sent, and its parts `[heads, columns, ...]`."""
         block = self._traffic.outgoing(self.layout.nbytes)
-        views = tuple(part[0] for part in self.layout.views(block, 1))
-        self._add_newer(self._entering, views)
-        self._send(self._entering, block)
+        return block, self.layout.slot(block)
 
     def _send(self, slot: int, block: AlignedBuffer) -> None:
         self._since.pop(slot, None)
@@ -141,7 +150,7 @@ class DiskSlots:
     def _entered(self) -> Parts:
         if self._room is None:
             self._room = self._traffic.admitted(self.layout.nbytes)
-        return tuple(part[0] for part in self.layout.views(self._room, 1))
+        return self.layout.slot(self._room)
 
     def _add_newer(self, slot: int, parts: Parts) -> None:
         """What is not on disk yet of a slot."""
@@ -203,21 +212,16 @@ class DiskTraffic:
             expected = max(0, min(later.count, slots.first + rows - later.first))
             other = self._room(1) if reading.room is self._room(0) else self._room(0)
             self._ahead = self._begin(later, expected, other)
-        reads = (
-            reading.reads
-            if rows <= reading.rows
-            else reading.reads + self._reads(slots, reading.rows, rows, reading.room)
-        )
-        self._await(reads)
+        self._await([*reading.reads, *self._reads(slots, reading.rows, rows, reading.room)])
         return slots.layout.views(reading.room, rows)
 
-    def fetch(self, slots: DiskSlots, slot: int) -> Parts:
-        """One slot as it is on disk, at once."""
+    def fetch(self, slots: DiskSlots, slot: int) -> AlignedBuffer:
+        """One slot's block as it is on disk, at once."""
         self._discard()
         self._finish(slots)
         size, room = slots.layout.nbytes, self._room(0)
         self._await([self._reader_of(slots, slot * size, room.bytes[:size])])
-        return slots.layout.views(room, 1)
+        return room
 
     def outgoing(self, nbytes: int) -> AlignedBuffer:
         """A block to be filled and sent; waits where all are under way."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from flexbatch.errors import EngineError, OutputError
-from flexbatch.memory.tiers import allocate
+from flexbatch.errors import EngineError
+from flexbatch.memory.tiers import nameless_file
 
 
 class DiskFile:
@@ -22,20 +23,10 @@ class DiskFile:
 
     def __init__(self, folder: Path, nbytes: int) -> None:
         self.nbytes, self._folder = nbytes, folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix="flexbatch-blocks-", dir=folder)
-        except OSError as error:
-            raise OutputError(
-                f"The folder {folder} for tensors on disk cannot be written: {error.strerror}.",
-                remedy="Set offload.disk_dir to a folder with write permission.",
-            ) from error
-        try:
-            allocate(descriptor, nbytes, folder)
-            self._descriptor = _direct(name)
-        finally:
-            os.close(descriptor)
-            Path(name).unlink()
+        self._descriptor = nameless_file(folder, nbytes)
+        with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux, and on tmpfs
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
 
     def read(self, offset: int, target: memoryview) -> None:
         """Fills `target` from byte `offset` on. EngineError with folder and offset where the disk fails."""
@@ -67,10 +58,3 @@ class DiskFile:
                     remedy="Check the disk, or set offload.disk_dir to another, and start the same command again.",
                 ) from error
             done += count
-
-
-def _direct(name: str) -> int:
-    try:
-        return os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(name, os.O_RDWR)

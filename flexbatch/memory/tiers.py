@@ -111,21 +111,11 @@ class DiskArena:
     def __init__(self, folder: Path, nbytes: int) -> None:
         self.nbytes = page_ceil(max(nbytes, 1))
         self.used = 0
+        self._descriptor = nameless_file(folder, self.nbytes)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix="flexbatch-arena-", dir=folder)
-        except OSError as error:
-            raise OutputError(
-                f"The folder {folder} for tensors on disk cannot be written: {error.strerror}.",
-                remedy="Set offload.disk_dir to a folder with write permission.",
-            ) from error
-        Path(name).unlink()
-        self._descriptor = descriptor
-        try:
-            allocate(descriptor, self.nbytes, folder)
-            self._map = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_SHARED)
+            self._map = mmap.mmap(self._descriptor, self.nbytes, flags=mmap.MAP_SHARED)
         except BaseException:
-            os.close(descriptor)
+            os.close(self._descriptor)
             raise
         self._whole = torch.frombuffer(self._map, dtype=torch.uint8)
 
@@ -170,6 +160,26 @@ class HostArena:
         """Gives every reservation back; the caller drops the tensors. Safe to repeat."""
         while self._reserved:
             self._budget.release(*self._reserved.pop())
+
+
+def nameless_file(folder: Path, nbytes: int) -> int:
+    """The descriptor of a preallocated file of which nothing is left however the process ends. CapacityError if the
+    disk has no room, OutputError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="flexbatch-arena-", dir=folder)
+    except OSError as error:
+        raise OutputError(
+            f"The folder {folder} for tensors on disk cannot be written: {error.strerror}.",
+            remedy="Set offload.disk_dir to a folder with write permission.",
+        ) from error
+    Path(name).unlink()
+    try:
+        allocate(descriptor, nbytes, folder)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def allocate(descriptor: int, nbytes: int, folder: Path) -> None:

@@ -124,7 +124,7 @@ def test_an_arena_that_is_shifted_leaves_alone_what_no_row_is_in(resident: float
     ends = []
     with torch.inference_mode():
         for number, _ in enumerate(running.run(iter([request]))):
-            parts = [part for layer in running._arena.layers for part in layer.segments[0].parts]
+            parts = [part for layer in running._arena.layers for part in layer.segments[0].slots.parts]
             if number == 1:
                 for part in parts:
                     part[1:].fill_(7)

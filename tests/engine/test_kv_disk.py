@@ -182,7 +182,7 @@ def test_a_disk_that_fails_is_an_error_of_the_pass_with_folder_byte_and_remedy(t
     rows.join(0, 3)
     rows.one_pass()
     full = os.open("/dev/full", os.O_RDWR)
-    os.dup2(full, rows.arena.layers[0].segments[0].disk.file._descriptor)  # type: ignore[union-attr]
+    os.dup2(full, rows.arena.layers[0].segments[0].slots.file._descriptor)  # type: ignore[union-attr]
     os.close(full)
     rows.join(1, 2)
     with pytest.raises(EngineError, match=r"Writing \d+ bytes at byte 8192 of a file for tensors in ") as caught:
