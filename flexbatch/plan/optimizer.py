@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
@@ -22,7 +23,8 @@ from flexbatch.plan.shares_program import Problem, best_shares
 from flexbatch.plan.terms import by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload, schedule
 
-# So many of the linear program's best candidates are predicted exactly.
+# So many of the linear program's best candidates are predicted exactly, of those whose cache stays on the device and of
+# the others: what it leaves out (that arithmetic and the disk take turns, whole slots) differs between the two.
 FINALISTS = 12
 
 # Between predictions this close, the one with fewer slots wins: rows then finish sooner.
@@ -173,7 +175,7 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
         ]
         ranked = sorted(ranked + _ranked(spec, hardware, workload, limits, fine, ranked[0][0]), key=_seconds)
     found = 0
-    for _, policy in ranked[:FINALISTS]:
+    for policy in _finalists(ranked):
         rounded = fitted(spec, hardware, workload, policy, limits)
         if rounded is not None:
             found += 1
@@ -188,6 +190,11 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
             yield from (search.predict(policy) for policy in fitting)
             if fitting:
                 return
+
+
+def _finalists(ranked: list[tuple[float, Policy]]) -> Iterator[Policy]:
+    for stays in (True, False):
+        yield from islice((policy for _, policy in ranked if (policy.kv == ALL_DEVICE) is stays), FINALISTS)
 
 
 def _seconds(ranked: tuple[float, Policy]) -> float:
