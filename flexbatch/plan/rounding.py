@@ -41,7 +41,7 @@ def fitted(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits
 ) -> Policy | None:
     """The policy rounded to what can be placed: weights, then KV, leave a tier that is too full until the exact bytes
-    fit."""
+    fit: for the disk, and KV that the host attends to for the host."""
     total = streamable_bytes(spec, policy)
     least = least_resident(spec, policy).device
     if policy.weights.device < least:
@@ -57,6 +57,8 @@ def fitted(
         kv = _moved(policy.kv, tier, excess / max(1, kv_bytes(items)) + 1e-3, least=0.0)
         if weights is not None:
             policy = replace(policy, weights=weights)
+        elif kv is not None and policy.host_attention and tier is Tier.DEVICE:
+            policy = replace(policy, kv=Shares(kv.device, 1.0 - kv.device))
         elif kv is not None and (hardware.has_accelerator or policy.kv.disk > 0) and not policy.host_attention:
             policy = replace(policy, kv=kv)
         else:

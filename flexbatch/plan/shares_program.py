@@ -26,8 +26,9 @@ KINDS = ("weights", "kv", "hidden")
 TIERS = tuple(Tier)
 SHARES = tuple((kind, tier) for kind in KINDS for tier in TIERS)
 
-# What lies away from the device costs this part of the time more: on a tie, what is nearer wins.
+# What lies away from the device costs this part of the time more, on the disk twice: on a tie, what is nearer wins.
 NEARNESS = 1e-5
+DISTANCE = {Tier.DEVICE: 0.0, Tier.HOST: 1.0, Tier.DISK: 2.0}
 
 Vector = NDArray[np.float64]
 
@@ -80,7 +81,7 @@ def _solve(problem: Problem, policy: Policy, open_tiers: dict[str, tuple[Tier, .
         rows += [np.concatenate([slope, mine]) for slope in line.slopes]
         above += list(-line.start)
     times = np.array([times for _, times in problem.passes])
-    away = np.array([tier is not Tier.DEVICE for _, tier in SHARES], dtype=np.float64)
+    away = np.array([DISTANCE[tier] for _, tier in SHARES])
     whole = float(sum(line.start.max() * count for line, count in zip(seconds, times, strict=True)))
     sums = np.zeros((kinds, len(SHARES) + count))
     for index, (kind, _) in enumerate(SHARES):

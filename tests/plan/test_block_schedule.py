@@ -28,9 +28,13 @@ def test_published_policies_land_within_a_fifth_of_the_paper(name: str, policy: 
     assert made.tokens_per_second == pytest.approx(measured, rel=0.20)
 
 
-@pytest.mark.parametrize(("name", "measured"), [("opt-6.7b", 25.26), ("opt-30b", 7.32), ("opt-175b", 0.69)])
-def test_our_schedule_is_predicted_to_beat_the_paper_on_its_machine(name: str, measured: float) -> None:
-    _, made = choose_policy(
-        model(name, "float16"), machine("t4-gcp"), Workload.uniform(5000), OffloadConfig(device="cuda:0")
-    )
-    assert made.tokens_per_second > measured
+@pytest.mark.parametrize(("name", "theirs", "measured"), PAPER, ids=lambda value: str(value)[:24])
+def test_our_schedule_is_predicted_to_beat_the_papers_on_its_machine(
+    name: str, theirs: BlockPolicy, measured: float
+) -> None:
+    """By the same figures; and what they measured, but for OPT-175B from disk, which needs more than the disk gives."""
+    spec, hardware = model(name, "float16"), machine("t4-gcp")
+    offload = OffloadConfig(device="cuda:0", weight_bits=theirs.weight_bits)
+    _, made = choose_policy(spec, hardware, Workload.uniform(5000), offload)
+    assert made.tokens_per_second > predict_block_schedule(spec, hardware, theirs).tokens_per_second
+    assert made.tokens_per_second > measured or theirs.kv.disk == 1
