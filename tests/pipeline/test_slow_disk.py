@@ -36,7 +36,7 @@ def test_the_progress_says_how_slow_the_disk_is_and_what_was_counted_on(
     def slow(
         self: BufferedReader, file: Path, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int
     ) -> int:
-        time.sleep(nbytes / 3e6)
+        time.sleep(nbytes / 1e6)  # some seconds a pass: the first line of progress comes after five
         return read(self, file, offset, nbytes, buffer, buffer_offset)
 
     monkeypatch.setattr(BufferedReader, "read", slow)
