@@ -74,12 +74,17 @@ def merging_attention(
     if stretches:
         return _attend_stretches(stretches, module, query, key, value, dropout, scaling, **kwargs), None
     if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:  # the one of tokens side by side
-        raise EngineError(
-            f"{type(module).__name__} makes its keys anew after they are cached, which leaves open whose they are.",
-            remedy="flexbatch cannot run this architecture yet; please report its model_type.",
-        )
+        raise makes_keys_anew(module)
     starts = torch.zeros(len(query), dtype=torch.long) if attention_mask is None and query.shape[2] > 1 else None
     return _attend_rows(module, query, key, value, attention_mask, starts, dropout, scaling, **kwargs), None
+
+
+def makes_keys_anew(module: torch.nn.Module) -> EngineError:
+    """What a model is refused with whose keys lose, between cache and attention, what they carried."""
+    return EngineError(
+        f"{type(module).__name__} makes its keys anew after they are cached, which leaves open whose they are.",
+        remedy="flexbatch cannot run this architecture yet; please report its model_type.",
+    )
 
 
 def _attend_rows(
@@ -103,7 +108,7 @@ def _attend_rows(
         key, value, mask = even_keys(query, key, value, mask, query.shape[2] > 1)
         result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
         return result
-    parts = carried.parts or (OwnKeys(key, value, slice(None)),)
+    parts = carried.parts if carried.parts is not None else iter((OwnKeys(key, value, slice(None)),))
     made = [attend_own(query, part, mask, scale) for part in parts]
     if not carried.shared and len(made) == 1:
         return made[0][0].transpose(1, 2).contiguous()
@@ -125,7 +130,7 @@ def _one_prefix(carried: Carried, key: torch.Tensor, value: torch.Tensor) -> Key
     differ in that, or where their own keys lie on several tiers."""
     if not carried:
         return key[:1, :, :0], value[:1, :, :0]
-    if carried.parts or len(carried.shared) > 1 or len(carried.shared[0].rows) < len(key):
+    if carried.parts is not None or len(carried.shared) > 1 or len(carried.shared[0].rows) < len(key):
         return None
     return carried.shared[0].keys, carried.shared[0].values
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.engine.carried_keys import SharedKeys, Stretch, carry, lay_side_by_side
-from flexbatch.engine.kv_arena import LayerStore
+from flexbatch.engine.carried_keys import OwnKeys, PackedKeys, SharedKeys, Stretch, carry, lay_side_by_side
+from flexbatch.engine.layer_store import Attended, LayerStore
 from flexbatch.kernels.prefill_attention import KeysAndValues
 
 if TYPE_CHECKING:
     from flexbatch.engine.prefix import Prefix
+
+
+AnyKeys = TypeVar("AnyKeys", OwnKeys, PackedKeys)
 
 
 class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -46,10 +49,7 @@ class DecodeLayer(_View):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
-        parts = self._store.read(self._rows, self._first, self._end, key_states.device)
-        if len(parts) == 1:
-            return parts[0].keys, parts[0].values
-        return torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts])
+        return self._store.gathered(self._rows, self._first, self._end, key_states.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._end - self._first + query_length, 0
@@ -61,8 +61,8 @@ class DecodeLayer(_View):  # type: ignore[no-untyped-call]
 class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     """A decode batch under `attention.merging_attention`: tiers stay apart, and prefixes come before their rows.
 
-    With `host_attention` the queries go to the keys on the host, otherwise those keys come to the device. Packed ones
-    are read as they are kept where the arena is `attended_packed`.
+    With `host_attention` the queries go to the keys on the host, otherwise those keys come to the device, some rows at
+    a time. Packed ones are read as they are kept where attention can.
     """
 
     def __init__(
@@ -76,19 +76,33 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__(store, rows, first, end)
         self._shared, self._host_attention = shared, host_attention
+        self.is_unread = False
+        """Whether keys that were handed on part by part never came to attention."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
         self._store.write_column(self._end, key_states, value_states)
-        index = self._store.index
+        store, index = self._store, self._store.index
         shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
-        if self._store.attended_packed:
-            return carry(key_states, shared, self._store.packed(self._rows, self._first, self._end)), value_states
-        parts = self._store.read(
-            self._rows, self._first, self._end, key_states.device, host_attention=self._host_attention
-        )
-        return carry(parts[0].keys, shared, parts if len(parts) > 1 else ()), parts[0].values
+        if store.attended is Attended.PACKED:
+            packed = store.packed(self._rows, self._first, self._end)
+            return carry(key_states, shared, self._watched(packed)), value_states
+        if (whole := store.in_one_place(self._rows, self._first, self._end)) is not None:
+            return carry(whole[0], shared), whole[1]
+        device, stays = key_states.device, self._host_attention
+        parts = store.read(self._rows, self._first, self._end, device, host_attention=stays)
+        return carry(key_states, shared, self._watched(parts)), value_states
+
+    def _watched(self, parts: Iterator[AnyKeys]) -> Iterator[AnyKeys]:
+        """The parts; says when all were asked for."""
+        self.is_unread = True
+
+        def watched() -> Iterator[AnyKeys]:
+            yield from parts
+            self.is_unread = False
+
+        return watched()
 
 
 class PrefillLayer(_View):  # type: ignore[no-untyped-call]

@@ -14,6 +14,7 @@ from typing import Any, Generic
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from flexbatch.engine.attention import makes_keys_anew
 from flexbatch.engine.cache_layers import (
     CopiedPrefixLayer,
     CopyingPrefillLayer,
@@ -28,7 +29,8 @@ from flexbatch.engine.cache_layers import (
 from flexbatch.engine.carried_keys import Stretch
 from flexbatch.engine.causal_mask import visible
 from flexbatch.engine.head import Read, Reader, SlicedHead
-from flexbatch.engine.kv_arena import KVArena, LayerStore
+from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.layer_store import LayerStore
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix
 from flexbatch.engine.schedule import oldest_column
@@ -97,7 +99,9 @@ class Caller:
         }
         if self.stepped.takes_position_ids:
             inputs["position_ids"] = piece.positions
-        return self.head.read(inputs, piece.kept, piece.reader)
+        read = self.head.read(inputs, piece.kept, piece.reader)
+        self._check_attended([piece])
+        return read
 
     def together(self, pieces: Sequence[Piece[Any]]) -> list[list[Any]]:
         """The same for pieces whose tokens go through the model side by side, as one row: every matrix is read once for
@@ -123,10 +127,17 @@ class Caller:
             self.stepped.cache_argument: Cache(layers=[*caches]),
             "use_cache": True,
         }
-        return self.head.read_pieces(
+        read = self.head.read_pieces(
             inputs,
             [(span, len(piece.ids), piece.kept, piece.reader) for span, piece in zip(spans, pieces, strict=True)],
         )
+        self._check_attended(pieces)
+        return read
+
+    def _check_attended(self, pieces: Sequence[Piece[Any]]) -> None:
+        """EngineError where keys lost what belonged to them on their way to attention."""
+        if any(isinstance(layer, MergingDecodeLayer) and layer.is_unread for piece in pieces for layer in piece.layers):
+            raise makes_keys_anew(self.stepped.model)
 
     def decode(self, rows: Sequence[DecodeRow], reader: Reader[Read]) -> Piece[Read]:
         """The next token of the slots 0 to rows - 1."""

@@ -6,7 +6,7 @@ The cache's `update` hands keys to the attention function through the model's ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +44,14 @@ class PackedKeys:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What belongs to the keys that a cache returns. `parts` (all rows, tier by tier) replace those keys if given."""
+    """What belongs to the keys that a cache returns. `parts` replace those keys if given: all rows in their order, each
+    part to be used before the next one is asked for."""
 
     shared: Sequence[SharedKeys] = ()
-    parts: Sequence[OwnKeys | PackedKeys] = ()
+    parts: Iterator[OwnKeys | PackedKeys] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.shared or self.parts)
+        return bool(self.shared) or self.parts is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ def lay_side_by_side(keys: torch.Tensor, stretches: Sequence[Stretch]) -> torch.
     return keys
 
 
-def carry(keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Sequence[OwnKeys | PackedKeys] = ()) -> torch.Tensor:
+def carry(
+    keys: torch.Tensor, shared: Sequence[SharedKeys], parts: Iterator[OwnKeys | PackedKeys] | None = None
+) -> torch.Tensor:
     """`keys`, with what belongs to them."""
     keys.carried = Carried(shared, parts)  # type: ignore[attr-defined]
     return keys

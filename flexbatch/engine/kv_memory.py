@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexbatch.engine.kv_form import Parts
@@ -18,9 +19,9 @@ class MemorySlots:
         for part, tokens in zip(self.parts, new, strict=True):
             part[: tokens.shape[0], :, column] = tokens
 
-    def read(self, rows: int, columns: slice) -> Parts:
-        """The slots 0 to rows - 1 in these columns."""
-        return tuple(part[:rows, :, columns] for part in self.parts)
+    def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
+        """The slots 0 to rows - 1 in these columns, some at a time: here all at once."""
+        yield slice(0, rows), tuple(part[:rows, :, columns] for part in self.parts)
 
     def write_prompt(self, slot: int, columns: slice, new: Parts) -> None:
         """A prompt's tokens `[heads, width, ...]`."""

@@ -108,12 +108,15 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> SteppedModel:
     _become_plain(model)
     model.tie_weights()
     model.eval()
-    arguments = inspect.signature(model.forward).parameters
-    takes_position_ids = "position_ids" in arguments
-    cache_argument = "cache" if "cache" in arguments else "past_key_values"  # before transformers 5.24
+    takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
     # Where a pass makes many calls, each would wait in the middle of a layer with all that it has computed there.
     stops = tuple(_stops(model, layers, divides=merges and takes_position_ids))
-    return SteppedModel(model, stops, len(layers), takes_position_ids, cache_argument, merges)
+    return SteppedModel(model, stops, len(layers), takes_position_ids, cache_argument(model), merges)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its KV cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
 
 
 def _check_layers(config: PreTrainedConfig, layers: nn.ModuleList) -> None:

@@ -15,6 +15,7 @@ from flexbatch.engine.conversation import Conversation
 from flexbatch.engine.engine import Constraint, Engine, Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.last_layer import narrow
+from flexbatch.engine.layer_store import Attended
 from flexbatch.engine.linear_layers import is_linear, use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops
 from flexbatch.engine.model import SteppedModel, build
@@ -116,13 +117,16 @@ class _Opened:
 
     def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
         counts = place_slots(self.stepped.num_layers, slots, policy.kv)
-        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits, self._attends_packed(policy.kv_bits))
+        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits, self._attended(policy.kv_bits))
 
-    def _attends_packed(self, bits: int) -> bool:
-        """Whether the decode batch's attention reads a cache of so many bits as it is kept."""
+    def _attended(self, bits: int) -> Attended:
+        """How the decode batch's attention takes a cache of so many bits."""
+        if not self.stepped.merges_prefixes:
+            return Attended.WHOLE
         shape = attention_shape(self.stepped.model.config.to_dict())
-        whole = self.stepped.lays_side_by_side and is_attended_packed(shape.head_sizes, bits)
-        return whole and self.storage.device.type == "cpu" and packed_attention.is_available()
+        suits = self.stepped.lays_side_by_side and is_attended_packed(shape.head_sizes, bits)
+        has_kernel = self.storage.device.type == "cpu" and packed_attention.is_available()
+        return Attended.PACKED if suits and has_kernel else Attended.IN_PARTS
 
 
 def open_engine(

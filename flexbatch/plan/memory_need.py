@@ -39,6 +39,30 @@ OUTGOING_BLOCKS = 3
 PARTS, PACKED_PARTS = 2, 6
 PAGE = 4096
 
+# Slots of such a cache are read into rooms of about this size, ahead of their use by no more than this.
+ROOM_BYTES, AHEAD_BYTES = 16 << 20, 1 << 30
+
+# Slots that attention cannot read where or as they are come to it, or are expanded, so many bytes at a time.
+BROUGHT_BYTES = 128 << 20
+
+
+def reading_rooms(slots: int, block: int) -> tuple[int, int]:
+    """How many of a layer's `slots`, of `block` bytes each, are read into one room, and how many rooms there are: for
+    all of a layer and one that is in use, or as many as may be read ahead."""
+    at_once = max(1, min(slots, ROOM_BYTES // block))
+    return at_once, min(math.ceil(slots / at_once), max(1, AHEAD_BYTES // (at_once * block))) + 1
+
+
+def reading_bytes(slots: int, block: int) -> int:
+    """No less than those rooms take for slots of up to `block` bytes: how many fit into a room goes by steps."""
+    return min(slots * block, AHEAD_BYTES) + 2 * max(block, min(slots * block, ROOM_BYTES))
+
+
+def brought_at_once(nbytes: int) -> int:
+    """How many slots of a layer, of `nbytes` each, are brought to attention, or expanded for it, at a time."""
+    return max(1, BROUGHT_BYTES // max(1, nbytes))
+
+
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
 _GIVEN_BACK = {"activations", "logits"}
 
@@ -125,6 +149,16 @@ def _placed_units(layers: int, slots: int, shares: Shares) -> tuple[tuple[Tier, 
     return (Tier.DEVICE, device), (Tier.HOST, host), (Tier.DISK, layers * slots - device - host)
 
 
+def most_on_disk(spec: ModelSpec, policy: Policy) -> int:
+    """Slots that the layer with the most of them has on disk."""
+    return _most_on_disk(len(spec.layers), policy.slots, policy.kv)
+
+
+@lru_cache(maxsize=4096)
+def _most_on_disk(layers: int, slots: int, shares: Shares) -> int:
+    return slots - min(sum(count) for count in place_slots(layers, slots, shares))
+
+
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
     per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec)) / len(spec.layers)
@@ -138,11 +172,9 @@ def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -
     return all(is_attended_packed(sizes, policy.kv_bits) for sizes in spec.head_sizes)
 
 
-def is_gathered(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
-    """Whether attention is to find all tiers' keys and values in one place, on the device."""
-    if policy.kv.device > 1.0 - 1e-9 or policy.kv_bits < 16 or policy.host_attention:
-        return False
-    return hardware.has_accelerator or not spec.side_by_side
+def is_gathered(spec: ModelSpec, policy: Policy) -> bool:
+    """Whether attention, which is not ours, is to find all tiers' keys and values in one place, on the device."""
+    return policy.kv.device < 1.0 - 1e-9 and policy.kv_bits == 16 and not spec.side_by_side
 
 
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
@@ -207,15 +239,19 @@ def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
 
 def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> list[Need]:
     unit, counts = kv_unit_bytes(spec, workload, policy), kv_units(spec, policy)
+    plain = math.ceil(span(workload) * spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers))
     items = [Need("KV cache", tier, count * unit) for tier, count in counts.items()]
     if policy.kv_bits < 16:
-        # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn: all rows',
-        # or that of the one whose prompt enters in parts.
-        plain = spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers)
-        rows = 1 if attends_packed(spec, hardware, policy) else policy.slots
-        items.append(Need("KV of one layer, expanded", Tier.DEVICE, int(rows * span(workload) * plain)))
-    elif is_gathered(spec, hardware, policy):
+        # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn: of some
+        # rows at a time, of all for attention that is not ours, or of the one whose prompt enters in parts.
+        rows = min(policy.slots, brought_at_once(plain)) if spec.side_by_side else policy.slots
+        rows = 1 if attends_packed(spec, hardware, policy) else rows
+        items.append(Need("KV of one layer, expanded", Tier.DEVICE, rows * plain))
+    elif is_gathered(spec, policy):
         items.append(Need("KV of one layer, gathered", Tier.DEVICE, policy.slots * unit))
+    elif hardware.has_accelerator and policy.kv.device < 1.0 and not policy.host_attention:
+        # Some rows are attended to while the next ones come.
+        items.append(Need("KV on its way", Tier.DEVICE, min(policy.slots, 2 * brought_at_once(plain)) * plain))
     if policy.kv.disk > 0:
         tier = Tier.HOST if hardware.has_accelerator else Tier.DEVICE
         items.append(Need("KV from disk", tier, _from_disk_bytes(spec, policy, counts[Tier.DISK], unit, workload)))
@@ -232,11 +268,12 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
 
 
 def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, unit: int, workload: Workload) -> int:
-    """What is in memory of a cache on disk: two layers' slots, blocks to be written, in each layer the slot of the row
-    that enters in parts, and the newest columns."""
+    """What is in memory of a cache on disk: rooms to read a layer's slots into, blocks to be written, in each layer the
+    slot of the row that enters in parts, and the newest columns."""
     block = unit + PAGE * (PARTS if policy.kv_bits == 16 else PACKED_PARTS)
-    blocks = 2 * math.ceil(units / len(spec.layers)) + OUTGOING_BLOCKS + min(units, len(spec.layers))
-    return blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
+    reading = reading_bytes(most_on_disk(spec, policy), block)
+    blocks = OUTGOING_BLOCKS + min(units, len(spec.layers))
+    return reading + blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
 
 
 def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:

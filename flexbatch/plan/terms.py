@@ -210,8 +210,8 @@ def kv_terms(
         yield Term(
             "KV to host", Resource.DEVICE_TO_HOST, new * on_host / hardware.device_to_host, new * on_host, "bytes"
         )
-    if is_gathered(spec, hardware, policy) and policy.kv.device > 0:
-        nbytes = old * policy.kv.device
+    if is_gathered(spec, policy):
+        nbytes = old * policy.kv.device if hardware.has_accelerator else old
         yield Term("KV gathered", Resource.COMPUTE, nbytes / _device_copy(hardware), nbytes, "bytes")
     if policy.kv_bits < 16:
         # Decoding rows expand all that they attend to, where attention does not read it as it is kept; whoever makes a

@@ -13,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.engine import kv_arena, kv_disk
+from flexbatch.engine import kv_disk, layer_store
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
 from flexbatch.errors import CapacityError, EngineError, OutputError
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer
 from flexbatch.memory.disk_file import DiskFile
+from flexbatch.plan import memory_need
+from flexbatch.plan.memory_need import AHEAD_BYTES, OUTGOING_BLOCKS, ROOM_BYTES, reading_bytes, reading_rooms
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.records import Request, Sampling
 from tests.engine.families import prompts, reference, saved
@@ -34,11 +36,23 @@ States = tuple[torch.Tensor, torch.Tensor]
 def short_tails() -> Iterator[None]:
     """Rows outgrow what waits in memory after `TAIL` tokens."""
     whole = kv_disk.TAIL_COLUMNS
-    kv_disk.TAIL_COLUMNS = kv_arena.TAIL_COLUMNS = TAIL  # type: ignore[attr-defined]
+    kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = TAIL  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        kv_disk.TAIL_COLUMNS = kv_arena.TAIL_COLUMNS = whole  # type: ignore[attr-defined]
+        kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = whole  # type: ignore[attr-defined]
+
+
+@contextmanager
+def small_rooms(room_bytes: int, ahead_bytes: int) -> Iterator[None]:
+    """Slots are read into rooms of so many bytes (one at least), and so many bytes ahead; the fewer there are, the
+    fewer are brought to attention at a time."""
+    kept = memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES
+    memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES = room_bytes, ahead_bytes, room_bytes
+    try:
+        yield
+    finally:
+        memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES = kept
 
 
 class Rows:
@@ -95,7 +109,7 @@ class Rows:
         for layer, store in enumerate(self.arena.layers):
             store.write_column(self.arena.end, fresh[:, layer, 0, :, None], fresh[:, layer, 1, :, None])
             parts = store.read(rows, self.arena.end + 1 - longest, self.arena.end, CPU)
-            read = torch.stack([torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts])], 1)
+            read = torch.cat([torch.stack([part.keys, part.values], 1) for part in parts])
             for slot, tokens in self.tokens.items():
                 assert read[slot, :, :, longest - len(tokens) :].equal(self.seen(tokens, layer))
 
@@ -118,6 +132,7 @@ class Rows:
 @given(
     bits=st.sampled_from([16, 8, 4]),
     tiers=st.sampled_from([(0, 0), (2, 0), (1, 1), (3, 0)]),
+    rooms=st.sampled_from([(1, 1), (6 * PAGE, 1), (1, 18 * PAGE), (ROOM_BYTES, AHEAD_BYTES)]),
     steps=st.lists(
         st.one_of(
             st.tuples(st.just("join"), st.integers(0, 3), st.integers(1, 5)),
@@ -131,9 +146,9 @@ class Rows:
     seed=st.integers(0, 99),
 )
 def test_every_token_of_every_row_is_read_in_every_pass(
-    bits: int, tiers: tuple[int, int], steps: list[tuple[str, int, int]], seed: int
+    bits: int, tiers: tuple[int, int], rooms: tuple[int, int], steps: list[tuple[str, int, int]], seed: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder, short_tails():
+    with tempfile.TemporaryDirectory() as folder, small_rooms(*rooms), short_tails():
         rows = Rows(tiers, bits, seed, Path(folder))
         for kind, slot, number in steps:
             busy = set(rows.tokens) | ({rows.entering[0]} if rows.entering else set())
@@ -153,10 +168,11 @@ def test_every_token_of_every_row_is_read_in_every_pass(
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bloom", "mixtral"])
-@pytest.mark.parametrize("kv", [Shares(0, 0), Shares(0.4, 0.2)], ids=["disk", "mixed"])
-def test_greedy_tokens_are_those_of_transformers_with_rows_on_disk(family: str, kv: Shares, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", [Shares(0, 0), Shares(0.4, 0.2), Shares(0, 1)], ids=["disk", "mixed", "host"])
+def test_greedy_tokens_are_those_of_transformers_with_rows_elsewhere(family: str, kv: Shares, tmp_path: Path) -> None:
+    """Brought to attention one by one."""
     longest, new_tokens, rows = 20, 6, prompts(9, 20)
-    with short_tails():
+    with short_tails(), small_rooms(1, 1):
         running = engine(saved(family), Policy(kv=kv, slots=4, prefill_tokens=12), longest + new_tokens, tmp_path)
         sampling = Sampling(max_new_tokens=new_tokens)
         done, _ = answer(running, (Request(index, row, sampling) for index, row in enumerate(rows)))
@@ -172,9 +188,20 @@ def test_what_is_on_disk_is_in_memory_only_by_a_few_layers(tmp_path: Path) -> No
     booked = rows.storage.budgets[Tier.DEVICE].by_purpose["KV from disk"]
     block = 2 * PAGE  # keys and values, each less than a page
     tails = LAYERS * SLOTS * 2 * HEADS * kv_disk.TAIL_COLUMNS * SIZE * 2
-    assert booked == tails + (2 * SLOTS + kv_disk.OUTGOING_BLOCKS) * block
+    at_once, rooms = reading_rooms(SLOTS, block)
+    assert (at_once, rooms) == (SLOTS, 2)
+    assert booked == tails + (at_once * rooms + OUTGOING_BLOCKS) * block
     rows.arena.close()
     rows.storage.close()
+
+
+@given(slots=st.integers(1, 500), block=st.integers(1, 40 << 20), more=st.integers(0, 6 * PAGE))
+def test_rooms_take_no_more_than_the_plan_counts_for_blocks_that_are_no_smaller(
+    slots: int, block: int, more: int
+) -> None:
+    at_once, rooms = reading_rooms(slots, block)
+    assert rooms >= 2
+    assert at_once * rooms * block <= reading_bytes(slots, block + more)
 
 
 def test_a_disk_that_fails_is_an_error_of_the_pass_with_folder_byte_and_remedy(tmp_path: Path) -> None:
@@ -182,7 +209,7 @@ def test_a_disk_that_fails_is_an_error_of_the_pass_with_folder_byte_and_remedy(t
     rows.join(0, 3)
     rows.one_pass()
     full = os.open("/dev/full", os.O_RDWR)
-    os.dup2(full, rows.arena.layers[0].segments[0].slots.file._descriptor)  # type: ignore[union-attr]
+    os.dup2(full, rows.arena.layers[0].segments[0].slots._blocks.file._descriptor)  # type: ignore[union-attr]
     os.close(full)
     rows.join(1, 2)
     with pytest.raises(EngineError, match=r"Writing \d+ bytes at byte 8192 of a file for tensors in ") as caught:
@@ -202,6 +229,15 @@ def test_a_disk_file_has_no_name_and_gives_back_what_was_written(tmp_path: Path)
     file.read(0, read.bytes)
     assert read.tensor.view(4, PAGE).float().mean(1).tolist() == [0, 7, 7, 0]
     file.close()
+    file.close()
+
+
+def test_a_disk_file_is_carried_through_the_page_cache_where_direct_access_is_refused(tmp_path: Path) -> None:
+    file = DiskFile(tmp_path, 2 * PAGE)
+    written, read = memoryview(b"seven" * 20), memoryview(bytearray(100))
+    file.write(1, written)  # no disk takes this directly
+    file.read(1, read)
+    assert read == written
     file.close()
 
 

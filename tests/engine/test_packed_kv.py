@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.kv_form import PackedForm
 from flexbatch.engine.micro_batch import MicroBatch, walk
+from flexbatch.engine.model import cache_argument
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
@@ -80,7 +81,7 @@ def reference_logits(family: str, tokens: tuple[int, ...], bits: int) -> torch.T
     cache = DynamicCache(config=model.config)
     cache.layers = [kind() for _ in range(model.config.num_hidden_layers)]
     with torch.inference_mode():
-        return model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0].float()
+        return model(torch.tensor([tokens]), **{cache_argument(model): cache}, use_cache=True).logits[0].float()
 
 
 def assert_greedy(family: str, rows: list[tuple[int, ...]], done: Mapping[int, Completion], bits: int) -> None:
@@ -212,10 +213,11 @@ def test_shifts_and_moves_keep_every_token(
                 tokens.append(seen(states)[:, slot, :, 0])
     if model:
         longest, rows = max(map(len, model.values())), 1 + max(model)
-        parts = store.read(rows, arena.end + 1 - longest, arena.end, cpu)
-        read = torch.stack([torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts])])
-        for slot, tokens in model.items():
-            assert read[:, slot, :, longest - len(tokens) :].equal(torch.stack(tokens, 2))
+        wanted = (rows, arena.end + 1 - longest, arena.end, cpu)
+        in_parts = torch.cat([torch.stack([part.keys, part.values], 1) for part in store.read(*wanted)])
+        for read in (in_parts, torch.stack(store.gathered(*wanted), 1)):
+            for slot, tokens in model.items():
+                assert read[slot, :, :, longest - len(tokens) :].equal(torch.stack(tokens, 2))
     storage.close()
 
 

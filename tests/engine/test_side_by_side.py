@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AttentionInterface
 
-from flexbatch.engine.attention import merging_attention
+from flexbatch.engine.attention import NAME, merging_attention, register
 from flexbatch.engine.calls import Piece
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.schedule import in_turn, pack_alike
@@ -49,6 +50,22 @@ def test_keys_that_a_model_makes_anew_are_refused_instead_of_mixed_up() -> None:
     query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))
     with pytest.raises(EngineError, match="Linear makes its keys anew"):
         merging_attention(torch.nn.Linear(1, 1), query, key, value, torch.zeros(1, 1, 1, 1))
+
+
+def test_keys_on_the_host_that_a_model_makes_anew_are_refused_when_rows_decode(tmp_path: Path) -> None:
+    """Padded, each call goes alone; without a mask one key would be taken for all of them."""
+
+    def anew(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        return merging_attention(module, query, key.clone(), rest[0], None, **kwargs)
+
+    policy, rows = Policy(kv=Shares(0, 1), slots=2), prompts(2, LONGEST)
+    running = engine(saved("llama"), policy, LONGEST + 4, tmp_path, padded_width=LONGEST)
+    AttentionInterface.register(NAME, anew)
+    try:
+        with pytest.raises(EngineError, match="LlamaForCausalLM makes its keys anew"):
+            answer(running, (Request(index, prompt, Sampling(max_new_tokens=4)) for index, prompt in enumerate(rows)))
+    finally:
+        register()
 
 
 def test_no_padding_goes_through_the_model(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexbatch.composition import load_config
-from flexbatch.engine.kv_arena import KV
+from flexbatch.engine.layer_store import KV
 from flexbatch.plan.policy import Tier
 from flexbatch.records import Request
 from flexbatch.stages import work

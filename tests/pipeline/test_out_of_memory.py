@@ -12,7 +12,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from flexbatch import pipeline
 from flexbatch.composition import load_config
-from flexbatch.engine.kv_arena import LayerStore
+from flexbatch.engine.layer_store import LayerStore
 from flexbatch.errors import CapacityError, FlexbatchError, OutOfMemory
 from flexbatch.interrupt import StopSignal
 from flexbatch.memory.tiers import TierBudget

@@ -11,6 +11,7 @@ import yaml
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from flexbatch.engine.model import cache_argument
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.errors import ModelError
 from flexbatch.plan.attention_shape import attention_shape
@@ -91,7 +92,7 @@ def test_kv_size_is_what_the_model_caches(family: str) -> None:
     spec, model = spec_from_config(config_of(family)), small_model(config_of(family)).eval()
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.arange(5)[None], past_key_values=cache, use_cache=True)
+        model(input_ids=torch.arange(5)[None], **{cache_argument(model): cache}, use_cache=True)
     cached = [(layer.keys.numel() + layer.values.numel()) // 5 for layer in cache.layers]
     assert [layer.kv_size for layer in spec.layers] == cached
 

@@ -1,0 +1,262 @@
+"""One layer's part of the KV cache: slots by columns, cut into tiers by slot.
+
+Layout of one segment: the parts of `KVForm`, `[slots, heads, columns, ...]`, token by token, so that all that moves
+columns and slots is the same for plain and packed tokens. Everything starts as zeros, because a masked position still
+multiplies its value by a weight of zero, which must not meet a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+
+from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
+from flexbatch.engine.kv_disk import DiskSlots
+from flexbatch.engine.kv_form import KVForm, Parts
+from flexbatch.engine.kv_memory import MemorySlots
+from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
+from flexbatch.engine.storage import Storage
+from flexbatch.kernels.prefill_attention import KeysAndValues
+from flexbatch.plan.memory_need import TAIL_COLUMNS, brought_at_once
+from flexbatch.plan.policy import Tier
+
+KV, FROM_DISK = "KV cache", "KV from disk"
+"""What its bytes are booked as, and those that are in memory of what is on disk."""
+
+
+class Attended(Enum):
+    """How the decode batch's attention takes keys and values: of all rows in one place, of some rows at a time, or some
+    at a time and packed, as they are kept."""
+
+    WHOLE = auto()
+    IN_PARTS = auto()
+    PACKED = auto()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The slots `first` to `first + count - 1` of one layer, on one tier."""
+
+    tier: Tier
+    first: int
+    count: int
+    slots: MemorySlots | DiskSlots
+
+
+class Expansion:
+    """Room on the device in which packed keys and values are unpacked for one call at a time, layer after layer. Rows
+    have up to `span` tokens."""
+
+    def __init__(self, span: int, storage: Storage) -> None:
+        self.span, self._storage = span, storage
+        self._rooms: dict[str, torch.Tensor] = {}
+
+    def room(self, what: str, shape: tuple[int, ...], dtype: torch.dtype, most_rows: int) -> torch.Tensor:
+        """Memory for `what`, `[rows, heads, tokens, head_dim]`, overwritten the next time; admitted at first, for
+        `most_rows`."""
+        rows, heads, tokens, size = shape
+        if what not in self._rooms:
+            count = max(most_rows * self.span, rows * tokens) * heads * size
+            self._rooms[what] = self._storage.zeros(Tier.DEVICE, (count,), dtype, "KV of one layer, expanded")
+        room = self._rooms[what]
+        if room.numel() < rows * heads * tokens * size or room.dtype != dtype:
+            return torch.empty(shape, dtype=dtype, device=room.device)  # a layer of another shape than the first
+        return room[: rows * heads * tokens * size].view(shape)
+
+
+class LayerStore:
+    """One layer's arena. Its segments are made when the first keys arrive and show heads, sizes and type."""
+
+    def __init__(
+        self,
+        index: int,
+        slots: int,
+        columns: int,
+        counts: tuple[int, int],
+        storage: Storage,
+        forms: tuple[KVForm, KVForm],
+        expansion: Expansion,
+        traffic: DiskTraffic,
+        attended: Attended,
+    ) -> None:
+        self.index, self.slots, self.columns, self.attended = index, slots, columns, attended
+        self.segments: list[Segment] = []
+        self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
+        self._storage, self._forms, self._expansion, self._traffic = storage, forms, expansion, traffic
+        self._dtype = torch.float32
+        self._shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+        self._at_once = slots
+
+    def prepare(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Makes room for keys and values shaped like these `[rows, heads, tokens, head_dim]`."""
+        if self.segments:
+            return
+        self._dtype, self._shapes = keys.dtype, ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
+        if self.attended is not Attended.WHOLE:
+            numbers = self._expansion.span * sum(heads * size for heads, size in self._shapes)
+            self._at_once = min(self.slots, brought_at_once(numbers * keys.dtype.itemsize))
+        first = 0
+        for tier, count in self._counts.items():
+            if count:
+                shapes = [
+                    ((new.shape[1], self.columns, size), dtype)
+                    for new, form in zip((keys, values), self._forms, strict=True)
+                    for size, dtype in form.stored(new.shape[3], new.dtype)
+                ]
+                self.segments.append(Segment(tier, first, count, self._room(tier, first, count, BlockLayout(shapes))))
+                first += count
+
+    def _room(self, tier: Tier, first: int, count: int, layout: BlockLayout) -> MemorySlots | DiskSlots:
+        if tier is not Tier.DISK:
+            parts = tuple(self._storage.zeros(tier, (count, *sizes), dtype, KV) for sizes, dtype in layout.shapes)
+            return MemorySlots(parts)
+        file = self._storage.file(count * layout.nbytes, KV)
+        tails = tuple(
+            self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
+            for (heads, _, size), dtype in layout.shapes
+        )
+        return DiskSlots(DiskBlocks(first, count, layout, file), tails, self._traffic)
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
+        """Keys and values as they are stored."""
+        return (*self._forms[0].pack(keys), *self._forms[1].pack(values))
+
+    def seen(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
+        """What attention gets for these keys and values: themselves, or what packing them to `parts` has left."""
+        if not self._is_packed:
+            return keys, values
+        seen = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (keys, values)]
+        self._unpack(parts, seen[0], seen[1])
+        return seen[0], seen[1]
+
+    def write_column(self, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One new token of the slots 0 to rows - 1: `[rows, heads, 1, head_dim]` into `column`."""
+        made = self.pack(keys, values)
+        for segment, outside in self._blocks(keys.shape[0]):
+            segment.slots.write_column(column, tuple(new[outside, :, 0] for new in made))
+
+    def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
+        """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
+        columns = slice(end + 1 - parts[0].shape[2], end + 1)
+        for row, slot in enumerate(slots):
+            segment = self._segment(slot)
+            segment.slots.write_prompt(slot - segment.first, columns, tuple(part[row] for part in parts))
+
+    def in_one_place(self, rows: int, first: int, end: int) -> KeysAndValues | None:
+        """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, if they lie beside each other on
+        the device, as they were made."""
+        blocks = self._blocks(rows)
+        if self._is_packed or len(blocks) > 1 or blocks[0][0].tier is not Tier.DEVICE:
+            return None
+        _, (keys, values), _ = next(self._decoded(rows, slice(first, end + 1)))
+        return keys, values
+
+    def gathered(self, rows: int, first: int, end: int, device: torch.device) -> KeysAndValues:
+        """The same, brought together on `device` if they are not there."""
+        whole = self.in_one_place(rows, first, end)
+        if whole is not None:
+            return whole
+        columns = slice(first, end + 1)
+        if self._is_packed:
+            return self._unpacked(
+                ((parts, outside) for _, parts, outside in self._decoded(rows, columns)), rows, columns
+            )
+        keys, values = (
+            torch.empty((rows, heads, end + 1 - first, size), dtype=self._dtype, device=device)
+            for heads, size in self._shapes
+        )
+        for _, parts, outside in self._decoded(rows, columns):
+            keys[outside], values[outside] = parts
+        return keys, values
+
+    def read(
+        self, rows: int, first: int, end: int, device: torch.device, *, host_attention: bool = False
+    ) -> Iterator[OwnKeys]:
+        """The same, some rows at a time, tier by tier: views where that is possible, else on `device` until the next
+        ones are asked for. With `host_attention` plain ones on the host stay there."""
+        columns = slice(first, end + 1)
+        for segment, parts, outside in self._decoded(rows, columns):
+            stays = segment.tier is Tier.DEVICE or (host_attention and segment.tier is Tier.HOST)
+            if stays and not self._is_packed:
+                yield OwnKeys(parts[0], parts[1], outside)
+                continue
+            for start in range(outside.start, outside.stop, self._at_once):
+                some = slice(start, min(start + self._at_once, outside.stop))
+                mine = tuple(part[some.start - outside.start : some.stop - outside.start] for part in parts)
+                if self._is_packed:
+                    count = some.stop - some.start
+                    yield OwnKeys(*self._unpacked([(mine, slice(0, count))], count, columns), some)
+                else:
+                    yield OwnKeys(mine[0].to(device), mine[1].to(device), some)
+
+    def packed(self, rows: int, first: int, end: int) -> Iterator[PackedKeys]:
+        """The same as they are kept, some rows at a time, tier by tier."""
+        for _, parts, outside in self._decoded(rows, slice(first, end + 1)):
+            yield PackedKeys(parts[: len(parts) // 2], parts[len(parts) // 2 :], outside)
+
+    def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
+        """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its
+        keys and values `[1, heads, columns, head_dim]` in columns `first` to `end`, on `device`."""
+        segment, columns = self._segment(slot), slice(end + 1 - parts[0].shape[2], end + 1)
+        held = segment.slots.write_part(slot - segment.first, columns, tuple(part[0] for part in parts))
+        seen = tuple(part[None, :, first : end + 1] for part in held)
+        if self._is_packed:
+            return self._unpacked([(seen, slice(0, 1))], 1, slice(first, end + 1))
+        return seen[0].to(device), seen[1].to(device)
+
+    def move(self, source: int, target: int) -> None:
+        """Copies slot `source` over slot `target`."""
+        old, new = self._segment(source), self._segment(target)
+        new.slots.store(target - new.first, old.slots.load(source - old.first))
+
+    def shift(self, by: int, slots: int) -> None:
+        """Moves all columns of the first `slots` slots to the left by `by`."""
+        for segment in self.segments:
+            segment.slots.shift(by, slots - segment.first)
+
+    def on_device(self, slots: slice) -> Iterator[torch.Tensor]:
+        """The memory on the device of some slots."""
+        for segment in self.segments:
+            first, stop = max(slots.start - segment.first, 0), min(slots.stop - segment.first, segment.count)
+            if segment.tier is Tier.DEVICE and stop > first and isinstance(segment.slots, MemorySlots):
+                yield from (part[first:stop] for part in segment.slots.parts)
+
+    @property
+    def _is_packed(self) -> bool:
+        return self._forms[0].is_packed
+
+    def _unpack(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> None:
+        half = len(parts) // 2
+        self._forms[0].unpack(parts[:half], keys)
+        self._forms[1].unpack(parts[half:], values)
+
+    def _decoded(self, rows: int, columns: slice) -> Iterator[tuple[Segment, Parts, slice]]:
+        """What each segment has of the decode batch in these columns, some rows at a time, and which rows these are."""
+        for segment, outside in self._blocks(rows):
+            for slots, parts in segment.slots.read(outside.stop - outside.start, columns):
+                yield segment, parts, slice(segment.first + slots.start, segment.first + slots.stop)
+
+    def _blocks(self, rows: int) -> list[tuple[Segment, slice]]:
+        """The segments that have some of the slots 0 to `rows` - 1, and which of these."""
+        return [
+            (segment, slice(segment.first, stop))
+            for segment in self.segments
+            if (stop := min(rows, segment.first + segment.count)) > segment.first
+        ]
+
+    def _segment(self, slot: int) -> Segment:
+        return next(s for s in self.segments if s.first <= slot < s.first + s.count)
+
+    def _unpacked(self, blocks: Iterable[tuple[Parts, slice]], rows: int, columns: slice) -> KeysAndValues:
+        """Packed tokens as rows of a batch (the second of a block), in the one room for that."""
+        tokens, most = columns.stop - columns.start, 1 if self.attended is Attended.PACKED else self._at_once
+        keys, values = (
+            self._expansion.room(what, (rows, heads, tokens, size), self._dtype, most)
+            for what, (heads, size) in zip(("keys", "values"), self._shapes, strict=True)
+        )
+        for parts, outside in blocks:
+            self._unpack(parts, keys[outside], values[outside])
+        return keys, values
