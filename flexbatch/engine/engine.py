@@ -28,6 +28,7 @@ from flexbatch.engine.row_slots import RowSlots
 from flexbatch.engine.schedule import in_turn, pack, pack_alike
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import Weights
+from flexbatch.memory.heap import Heap
 from flexbatch.memory.transfer import StreamStatistics
 from flexbatch.plan.admission import Admission
 from flexbatch.plan.policy import Tier
@@ -75,7 +76,10 @@ class Engine:
         share_prefixes: bool = True,
         host_attention: bool = False,
         constraints: Mapping[str, Constraint] | None = None,
+        heap: Heap | None = None,
+        prompts_bytes: int = 0,
     ) -> None:
+        self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
         self._caller = Caller(stepped, arena, storage.device, host_attention)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
@@ -248,18 +252,23 @@ class Engine:
         return prefix
 
     def _use_free_slots(self) -> None:
-        """No row comes any more: the memory of free slots goes to weights."""
+        """No row comes any more: the memory of free slots, and what prompts needed, goes to weights."""
         if not (self._weights.are_streamed and self._storage.gives_back):
             return
+        more, self._lent = self._prompts_bytes - self._lent, self._prompts_bytes
+        if more:
+            self._heap.lend(self._lent)
         left = max(row.request.sampling.max_new_tokens - len(row.tokens) for row in self._slots.live)
-        self._weights.keep(self._slots.cut(), left)
+        self._weights.keep(self._slots.cut() + more, left)
 
     def _begin(self) -> None:
         """What the end of the last run gave up is taken again."""
         self._all_came = False
-        if self._slots.are_cut:
+        if self._slots.are_cut or self._lent:
             self._weights.forget()
             self._slots.take_again()
+            self._lent = 0
+            self._heap.lend(0)
 
     def _decoding(self) -> Piece[list[Chosen]] | None:
         """The decode batch over the slots up to the last live one; empty slots among them are rows of length 0."""

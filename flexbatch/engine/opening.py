@@ -76,8 +76,9 @@ class EngineOptions:
     """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
     known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
-    used). `working_bytes`: what calls take and give back between two stops, at most, as planned. `on_packing` is told
-    how many bytes of a packed file's sources are done, and of how many."""
+    used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
+    only where prompts are among the calls. `on_packing` is told how many bytes of a packed file's sources are done, and
+    of how many."""
 
     span: int
     dtype: torch.dtype
@@ -85,6 +86,7 @@ class EngineOptions:
     padded_width: int = 0
     own_span: int = 0
     working_bytes: int = 64 << 20
+    prompts_bytes: int = 0
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -114,6 +116,7 @@ class _Opened:
     stepped: SteppedModel
     weights: Weights
     storage: Storage
+    heap: Heap
 
     def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
         counts = place_slots(self.stepped.num_layers, slots, policy.kv)
@@ -148,6 +151,8 @@ def open_engine(
         host_attention=policy.host_attention,
         share_prefixes=policy.prefix_sharing and not options.padded_width,
         constraints=options.constraints,
+        heap=opened.heap,
+        prompts_bytes=options.prompts_bytes,
     )
 
 
@@ -196,4 +201,4 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     install_stops(stepped, parking.park if parking is not None else None, heap.settle)
     if limits.one_memory:
         release_library_pages()
-    return _Opened(stepped, weights, storage)
+    return _Opened(stepped, weights, storage, heap)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +28,15 @@ class Heap:
     in use. Elsewhere than with glibc on Linux nothing is done.
     """
 
-    def __init__(self, limit: int, headroom: int) -> None:
-        self._enough, self._trim = limit - headroom, _malloc_trim()
-        self._threshold = self._enough
+    def __init__(self, limit: int = sys.maxsize, headroom: int = 0) -> None:
+        self._limit, self._headroom, self._trim = limit, headroom, _malloc_trim()
+        self._threshold = self._enough = limit - headroom
+
+    def lend(self, nbytes: int) -> None:
+        """So much of the headroom goes to others from now on, and with it what was freed."""
+        self._threshold = self._enough = self._limit - self._headroom + nbytes
+        if self._trim is not None and nbytes:
+            self._trim()
 
     def settle(self) -> None:
         """To be called wherever much may have been freed since the last time."""

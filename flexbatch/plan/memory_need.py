@@ -184,7 +184,7 @@ def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy
         Need("process", Tier.DEVICE, hardware.process_bytes),
         *weight_needs(spec, policy),
         *_kv_needs(spec, hardware, workload, policy),
-        *_activation_needs(spec, workload, policy),
+        *_activation_needs(spec, workload, policy, *_joining(workload, policy, float(workload.longest_kept))),
     ]
     return tuple(item for item in items if item.nbytes > 0)
 
@@ -204,6 +204,14 @@ def kv_bytes(items: Iterable[Need]) -> int:
 def working_bytes(items: Iterable[Need]) -> int:
     """Bytes of the device that calls take and give back while a pass walks through the layers."""
     return sum(item.nbytes for item in items if item.tier is Tier.DEVICE and item.what in _GIVEN_BACK)
+
+
+def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+    """Bytes of the device that passes with prompts take beyond those without."""
+    workload = _as_run(workload, policy)
+    joining = _joining(workload, policy, float(workload.longest_kept))
+    busy, quiet = (peak_bytes(_activation_needs(spec, workload, policy, *each)) for each in (joining, (0, 0)))
+    return busy[Tier.DEVICE] - quiet[Tier.DEVICE]
 
 
 def first_used_bytes(items: Iterable[Need]) -> int:
@@ -276,11 +284,11 @@ def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, unit: int, wor
     return reading + blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
 
 
-def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy) -> list[Need]:
+def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joining: int, tokens: int) -> list[Need]:
+    """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
-    joining, tokens = _joining(workload, policy, longest)
-    prompts = tokens + math.ceil(workload.shared_tokens)
+    prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + policy.slots
     else:

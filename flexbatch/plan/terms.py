@@ -17,6 +17,7 @@ from flexbatch.plan.memory_need import (
     is_gathered,
     kv_unit_bytes,
     number_bytes,
+    prompts_bytes,
     streamable_bytes,
     weight_form,
 )
@@ -140,12 +141,13 @@ def decode_terms(
 
 
 def kept_bytes(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad) -> float:
-    """Bytes of weights that lie where rows were: where the system takes memory back piece by piece."""
-    if hardware.has_accelerator or not load.idle:
+    """Bytes of weights that lie where rows and prompts were: where the system takes memory back piece by piece."""
+    if hardware.has_accelerator or not load.last:
         return 0.0
     idle = max(0.0, load.idle - policy.slots * (1.0 - policy.kv.device))
     converted = spec.dtype_bytes / number_bytes(spec) if weight_form(policy) == 16 else 1.0
-    return idle * len(spec.layers) * kv_unit_bytes(spec, workload, policy) * converted
+    of_rows = idle * len(spec.layers) * kv_unit_bytes(spec, workload, policy)
+    return (of_rows + prompts_bytes(spec, workload, policy)) * converted
 
 
 def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy, kept: float = 0.0) -> Iterator[Term]:

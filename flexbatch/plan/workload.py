@@ -86,13 +86,14 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class PassLoad:
-    """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed. The
-    memory of `idle` slots holds weights, because no row comes any more."""
+    """What one pass does: `joining` prompts prefilled, `decoding` rows gain a token, `groups` prefixes computed. In the
+    `last` ones no row comes any more: what prompts needed, and `idle` slots, is memory that holds weights."""
 
     joining: float
     decoding: float
     groups: float = 0.0
     idle: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def schedule(workload: Workload, slots: int, prefill_tokens: float, shortest_par
         _Simulation(workload, slots, prefill_tokens, shortest_part).run(rows) for rows in (short, long)
     )
     times = (workload.rows - long) / (long - short)
-    more = {load: times * (second.get(load, 0) - first.get(load, 0)) for load in {**first, **second} if not load.idle}
+    more = {load: times * (second.get(load, 0) - first.get(load, 0)) for load in {**first, **second} if not load.last}
     loads = {load: count for load in {**second, **more} if (count := second.get(load, 0) + more.get(load, 0.0)) > 0}
     return Schedule(loads, ramp)
 
@@ -141,7 +142,7 @@ class _Simulation:
 
     def run(self, rows: int) -> tuple[dict[PassLoad, float], dict[PassLoad, float]]:
         """How often each load occurs, and how often until the slots are full."""
-        waiting, filling, shared, idle = rows, True, self._workload.shared_tokens, 0
+        waiting, filling, shared, idle, last = rows, True, self._workload.shared_tokens, 0, False
         loads: Counter[PassLoad] = Counter()
         ramp: Counter[PassLoad] = Counter()
         while waiting or self._live or self._admission.is_entering:
@@ -151,12 +152,12 @@ class _Simulation:
             joining, started = self._join(waiting)
             waiting -= started
             if joining or live:
-                load = PassLoad(joining, live, joining / self._workload.rows_per_group if shared else 0.0, idle)
+                load = PassLoad(joining, live, joining / self._workload.rows_per_group if shared else 0.0, idle, last)
                 loads[load] += 1
                 if filling:
                     ramp[load] += 1
             if not (waiting or joining):
-                idle = self._slots - live
+                idle, last = self._slots - live, True
             filling = filling and self._live + self._admission.is_entering < self._slots and waiting > 0
         return dict(loads), dict(ramp)
 

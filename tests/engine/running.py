@@ -37,6 +37,7 @@ def engine(
     constraints: Mapping[str, Constraint] | None = None,
     limits: Limits | None = None,
     dtype: torch.dtype = torch.float32,
+    prompts_bytes: int = 0,
 ) -> Engine:
     checkpoint = Checkpoint(AutoConfig.from_pretrained(folder), SafetensorsIndex.open(folder).entries, str(folder))
     return open_engine(
@@ -48,6 +49,7 @@ def engine(
             span,
             dtype,
             padded_width=padded_width,
+            prompts_bytes=prompts_bytes,
             reader="buffered",
             constraints=constraints or {},
             packed_folder=disk_folder / "packed",

@@ -109,6 +109,29 @@ def test_what_is_kept_takes_no_more_than_rows_have_left(tmp_path: Path) -> None:
     assert budget.by_purpose["weights"] > 0
 
 
+def test_what_prompts_needed_holds_weights_while_all_rows_still_run(tmp_path: Path) -> None:
+    """And holds none of them when the next run begins with prompts."""
+    policy = Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=SLOTS * LONGEST)
+    running = engine(saved("opt"), policy, LONGEST + NEW_TOKENS, tmp_path, prompts_bytes=300_000)
+    rows = prompts(SLOTS, LONGEST)
+    before, budget = on_device(running), running._storage.budgets[Tier.DEVICE]
+    for _ in range(2):
+        done, while_all_run = list[Completion](), list[set[str]]()
+        for result in running.run(Request(index, row, Sampling(max_new_tokens=30)) for index, row in enumerate(rows)):
+            done += result.completions
+            if result.prefill_tokens:
+                assert on_device(running) == before
+                used = budget.used
+            elif result.rows_in_flight == SLOTS:
+                while_all_run.append(on_device(running))
+        assert while_all_run[-1] > before
+        assert used < budget.peak <= used + 300_000
+        for completion in done:
+            want = reference("opt", rows[completion.index], 30)
+            assert_same_tokens("opt", rows[completion.index], completion.token_ids, want)
+    running.close()
+
+
 def test_waits_and_bytes_are_counted_on_when_the_stream_begins_anew(tmp_path: Path) -> None:
     running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
     _, passes = answer(running, asked())

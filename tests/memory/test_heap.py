@@ -39,6 +39,19 @@ def test_far_from_the_limit_it_stays_for_the_next_use() -> None:
     assert len(kept) == 40
 
 
+def test_headroom_that_others_get_is_given_back_at_once_and_guarded_no_longer() -> None:
+    first = holes()
+    before = counted_bytes()
+    mine = Heap(before + 64 * MIB, headroom=96 * MIB)
+    mine.lend(64 * MIB)
+    assert before - counted_bytes() > 100 * MIB
+    second = holes()
+    near = counted_bytes()
+    mine.settle()  # what lies 32 MiB below the limit is enough now
+    assert near - counted_bytes() < 16 * MIB
+    assert len(first) == len(second) == 40
+
+
 def test_a_step_that_takes_more_is_given_room_earlier() -> None:
     kept = holes()
     before = counted_bytes()
