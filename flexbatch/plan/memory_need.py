@@ -206,12 +206,16 @@ def working_bytes(items: Iterable[Need]) -> int:
     return sum(item.nbytes for item in items if item.tier is Tier.DEVICE and item.what in _GIVEN_BACK)
 
 
+# Of what only passes with prompts need, this part can be had by others later: a heap keeps some of what was freed.
+FOUND_AGAIN = 0.9
+
+
 def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
-    """Bytes of the device that passes with prompts take beyond those without."""
+    """Bytes of the device that are free once passes have no prompts any more."""
     workload = _as_run(workload, policy)
     joining = _joining(workload, policy, float(workload.longest_kept))
     busy, quiet = (peak_bytes(_activation_needs(spec, workload, policy, *each)) for each in (joining, (0, 0)))
-    return busy[Tier.DEVICE] - quiet[Tier.DEVICE]
+    return int(FOUND_AGAIN * (busy[Tier.DEVICE] - quiet[Tier.DEVICE]))
 
 
 def first_used_bytes(items: Iterable[Need]) -> int:
