@@ -194,7 +194,7 @@ def kv_terms(
     if on_disk:
         # Read ahead like weights, and written behind: rows once, those that grow long again. On a CPU that is all;
         # attention on an accelerator waits for a copy as well (computed, not measured).
-        read = old * on_disk
+        read = load.decoding * columns(workload) * per_token * on_disk  # whole slots, however long their rows are
         again = max(0.0, workload.new_tokens / TAIL_COLUMNS - 1.0) / workload.new_tokens
         rows_written = load.joining + load.decoding * again
         written = rows_written * columns(workload) * per_token * on_disk

@@ -18,7 +18,8 @@ from flexbatch.plan.memory_need import kv_units, needs, peak_bytes
 from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
-from flexbatch.plan.workload import Workload
+from flexbatch.plan.terms import pass_terms
+from flexbatch.plan.workload import PassLoad, Workload
 from tests.plan.examples import GIB, machine, model, tiny_model
 
 EIGHTHS = [Shares(device / 8, 0.0) for device in range(9)]
@@ -85,6 +86,18 @@ def test_the_optimiser_agrees_with_brute_force(memory: str) -> None:
         if limits.exceeded(peak_bytes(needs(spec, hardware, work, policy))) is None:
             best = min(best, predict(spec, hardware, work, policy).seconds)
     assert made.seconds <= best * 1.02
+
+
+def test_rows_on_disk_are_read_whole_however_long_they_are() -> None:
+    spec, hardware = model("opt-1.3b"), machine("cpu-2core")
+    policy = Policy(Shares(0.1, 0.0), Shares(0.0, 0.0), slots=4, prefill_tokens=200)
+
+    def read(prompts: tuple[int, ...]) -> float:
+        work = Workload(64, prompts, (32,), 512, 32)
+        terms = {term.what: term for term in pass_terms(spec, hardware, work, policy, PassLoad(0, 4))}
+        return terms["KV read from disk"].amount
+
+    assert read((512,)) == read((100, 512)) > 4 * 544 * spec.kv_bytes_per_token()
 
 
 def test_without_an_accelerator_rows_are_kept_on_disk_where_a_model_is_much_larger_than_they_are() -> None:
