@@ -108,7 +108,7 @@ def _attend_rows(
         key, value, mask = even_keys(query, key, value, mask, query.shape[2] > 1)
         result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
         return result
-    parts = carried.parts if carried.parts is not None else iter((OwnKeys(key, value, slice(None)),))
+    parts = carried.parts or (OwnKeys(key, value, slice(None)),)
     made = [attend_own(query, part, mask, scale) for part in parts]
     if not carried.shared and len(made) == 1:
         return made[0][0].transpose(1, 2).contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -14,9 +14,6 @@ from flexbatch.kernels.prefill_attention import KeysAndValues
 
 if TYPE_CHECKING:
     from flexbatch.engine.prefix import Prefix
-
-
-AnyKeys = TypeVar("AnyKeys", OwnKeys, PackedKeys)
 
 
 class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -85,24 +82,21 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
         self._store.write_column(self._end, key_states, value_states)
         store, index = self._store, self._store.index
         shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
-        if store.attended is Attended.PACKED:
-            packed = store.packed(self._rows, self._first, self._end)
-            return carry(key_states, shared, self._watched(packed)), value_states
         if (whole := store.in_one_place(self._rows, self._first, self._end)) is not None:
             return carry(whole[0], shared), whole[1]
-        device, stays = key_states.device, self._host_attention
-        parts = store.read(self._rows, self._first, self._end, device, host_attention=stays)
-        return carry(key_states, shared, self._watched(parts)), value_states
-
-    def _watched(self, parts: Iterator[AnyKeys]) -> Iterator[AnyKeys]:
-        """The parts; says when all were asked for."""
         self.is_unread = True
+        return carry(key_states, shared, self._watched(self._parts(key_states.device))), value_states
 
-        def watched() -> Iterator[AnyKeys]:
-            yield from parts
-            self.is_unread = False
+    def _parts(self, device: torch.device) -> Iterator[OwnKeys] | Iterator[PackedKeys]:
+        if self._store.attended is Attended.PACKED:
+            return self._store.packed(self._rows, self._first, self._end)
+        stays = self._host_attention
+        return self._store.read(self._rows, self._first, self._end, device, host_attention=stays)
 
-        return watched()
+    def _watched(self, parts: Iterator[OwnKeys] | Iterator[PackedKeys]) -> Iterator[OwnKeys | PackedKeys]:
+        """The parts; says when all were asked for."""
+        yield from parts
+        self.is_unread = False
 
 
 class PrefillLayer(_View):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_traffic import DiskBlocks, DiskTraffic
 from flexbatch.memory.direct_io import AlignedBuffer
-from flexbatch.plan.memory_need import TAIL_COLUMNS
+from flexbatch.plan.kv_rooms import TAIL_COLUMNS
 
 
 class DiskSlots:

@@ -18,7 +18,7 @@ from flexbatch.engine.kv_form import Parts
 from flexbatch.memory.direct_io import AlignedBuffer, page_ceil
 from flexbatch.memory.disk_file import DiskFile
 from flexbatch.memory.transfer import NO_STATISTICS, StreamStatistics
-from flexbatch.plan.memory_need import OUTGOING_BLOCKS, reading_rooms
+from flexbatch.plan.kv_rooms import OUTGOING_BLOCKS, reading_rooms
 
 READ_BYTES = 8 << 20
 READERS = 3

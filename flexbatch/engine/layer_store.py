@@ -20,7 +20,7 @@ from flexbatch.engine.kv_memory import MemorySlots
 from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
-from flexbatch.plan.memory_need import TAIL_COLUMNS, brought_at_once
+from flexbatch.plan.kv_rooms import TAIL_COLUMNS, brought_at_once
 from flexbatch.plan.policy import Tier
 
 KV, FROM_DISK = "KV cache", "KV from disk"

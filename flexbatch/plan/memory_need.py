@@ -12,6 +12,15 @@ import numpy as np
 
 from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.kv_rooms import (
+    OUTGOING_BLOCKS,
+    PACKED_PARTS,
+    PAGE,
+    PARTS,
+    TAIL_COLUMNS,
+    brought_at_once,
+    reading_bytes,
+)
 from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
@@ -30,37 +39,6 @@ LOGIT_BYTES = 12
 def logits_at_once(vocab_size: int) -> int:
     """How many positions' logits are made at once."""
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
-
-
-# Of a cache on disk: the newest columns, which wait in memory until they are written together; slots of a layer that
-# wait to be written; and a slot's parts, which begin on pages (plain, packed).
-TAIL_COLUMNS = 32
-OUTGOING_BLOCKS = 3
-PARTS, PACKED_PARTS = 2, 6
-PAGE = 4096
-
-# Slots of such a cache are read into rooms of about this size, ahead of their use by no more than this.
-ROOM_BYTES, AHEAD_BYTES = 16 << 20, 1 << 30
-
-# Slots that attention cannot read where or as they are come to it, or are expanded, so many bytes at a time.
-BROUGHT_BYTES = 128 << 20
-
-
-def reading_rooms(slots: int, block: int) -> tuple[int, int]:
-    """How many of a layer's `slots`, of `block` bytes each, are read into one room, and how many rooms there are: for
-    all of a layer and one that is in use, or as many as may be read ahead."""
-    at_once = max(1, min(slots, ROOM_BYTES // block))
-    return at_once, min(math.ceil(slots / at_once), max(1, AHEAD_BYTES // (at_once * block))) + 1
-
-
-def reading_bytes(slots: int, block: int) -> int:
-    """No less than those rooms take for slots of up to `block` bytes: how many fit into a room goes by steps."""
-    return min(slots * block, AHEAD_BYTES) + 2 * max(block, min(slots * block, ROOM_BYTES))
-
-
-def brought_at_once(nbytes: int) -> int:
-    """How many slots of a layer, of `nbytes` each, are brought to attention, or expanded for it, at a time."""
-    return max(1, BROUGHT_BYTES // max(1, nbytes))
 
 
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from flexbatch.plan.hardware import HardwareProfile
+from flexbatch.plan.kv_rooms import TAIL_COLUMNS
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
-    TAIL_COLUMNS,
     Need,
     attends_packed,
     first_used_bytes,

@@ -20,8 +20,8 @@ from flexbatch.engine.storage import Storage
 from flexbatch.errors import CapacityError, EngineError, OutputError
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer
 from flexbatch.memory.disk_file import DiskFile
-from flexbatch.plan import memory_need
-from flexbatch.plan.memory_need import AHEAD_BYTES, OUTGOING_BLOCKS, ROOM_BYTES, reading_bytes, reading_rooms
+from flexbatch.plan import kv_rooms
+from flexbatch.plan.kv_rooms import AHEAD_BYTES, OUTGOING_BLOCKS, ROOM_BYTES, reading_bytes, reading_rooms
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.records import Request, Sampling
 from tests.engine.families import prompts, reference, saved
@@ -47,12 +47,12 @@ def short_tails() -> Iterator[None]:
 def small_rooms(room_bytes: int, ahead_bytes: int) -> Iterator[None]:
     """Slots are read into rooms of so many bytes (one at least), and so many bytes ahead; the fewer there are, the
     fewer are brought to attention at a time."""
-    kept = memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES
-    memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES = room_bytes, ahead_bytes, room_bytes
+    kept = kv_rooms.ROOM_BYTES, kv_rooms.AHEAD_BYTES, kv_rooms.BROUGHT_BYTES
+    kv_rooms.ROOM_BYTES, kv_rooms.AHEAD_BYTES, kv_rooms.BROUGHT_BYTES = room_bytes, ahead_bytes, room_bytes
     try:
         yield
     finally:
-        memory_need.ROOM_BYTES, memory_need.AHEAD_BYTES, memory_need.BROUGHT_BYTES = kept
+        kv_rooms.ROOM_BYTES, kv_rooms.AHEAD_BYTES, kv_rooms.BROUGHT_BYTES = kept
 
 
 class Rows:

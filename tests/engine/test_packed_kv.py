@@ -22,7 +22,8 @@ from flexbatch.engine.model import cache_argument
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
-from flexbatch.plan.memory_need import PACKED_PARTS, PAGE, kv_unit_bytes, kv_units, needs
+from flexbatch.plan.kv_rooms import PACKED_PARTS, PAGE
+from flexbatch.plan.memory_need import kv_unit_bytes, kv_units, needs
 from flexbatch.plan.model_spec import key_bits, kv_group_size, packed_head_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
