@@ -127,18 +127,18 @@ def blocked_form(shape: tuple[int, ...], dtype: torch.dtype) -> BlockedForm:
 
 
 def blocked_bytes(laid_out: torch.Tensor) -> torch.Tensor:
-    """A copy of the bytes of an opaque tensor, uint8 `[nbytes]`."""
+    """The bytes of an opaque tensor, uint8 `[nbytes]`: its own memory, which lives as long as one of them."""
     (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([laid_out])
     handle = ctypes.c_void_p(_pointer(capsule))
     address = ctypes.c_void_p()
     try:
         _checked(_torch().aoti_torch_get_data_ptr(handle, ctypes.byref(address)))
-        assert address.value is not None
-        copy = torch.empty(torch.ops.mkldnn._nbytes(laid_out), dtype=torch.uint8)
-        ctypes.memmove(copy.data_ptr(), address.value, copy.numel())
     finally:
         _torch().aoti_torch_delete_tensor_object(handle)
-    return copy
+    assert address.value is not None
+    memory = (ctypes.c_uint8 * torch.ops.mkldnn._nbytes(laid_out)).from_address(address.value)
+    memory.owner = laid_out
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

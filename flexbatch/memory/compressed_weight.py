@@ -20,10 +20,10 @@ import torch
 from flexbatch.errors import OutputError
 from flexbatch.kernels.exponent_codes import CHUNK, Expansion, compress, most_exceptions, record_bytes
 from flexbatch.memory.blocked_weight import BlockedLayout
-from flexbatch.memory.direct_io import BufferedReader
+from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.memory.packed_file import OnProgress, file_states, identity, packed_key
-from flexbatch.memory.packing import pieces
 from flexbatch.memory.safetensors_header import TensorEntry
+from flexbatch.memory.source_pieces import Piece, PieceReader
 
 PREFIX = "exceptions-"
 NUMBER_BYTES = torch.bfloat16.itemsize
@@ -98,7 +98,10 @@ class CompressedLayout:
 
     def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The `parts` of a weight of this shape."""
-        return (compress(_chunked(self.inner, tensor), self.exceptions),)
+        shape = self.chunks, record_bytes(self.exceptions)
+        records = AlignedBuffer(math.prod(shape)).tensor[: math.prod(shape)].view(shape)  # its pages are large ones
+        compress(_chunked(self.inner, tensor), self.exceptions, records)
+        return (records,)
 
     @property
     def room(self) -> int:
@@ -193,16 +196,12 @@ def _smaller(inner: Inner, exceptions: Mapping[str, int]) -> dict[str, Compresse
 def _looked_through(sources: Mapping[str, TensorEntry], inner: Inner, on_progress: OnProgress | None) -> dict[str, int]:
     """The most exceptions that any chunk of each weight has."""
     found, done, total = {}, 0, sum(entry.nbytes for entry in sources.values())
-    reader = BufferedReader()
-    try:
-        for name, entry in sources.items():
-            (tensor,) = pieces(entry, inner[name], reader)
-            found[name] = most_exceptions(_chunked(inner[name], tensor))
-            done += entry.nbytes
+    with PieceReader() as reader:
+        for piece, tensor in reader.read([Piece.whole(entry) for entry in sources.values()]):
+            found[piece.entry.name] = most_exceptions(_chunked(inner[piece.entry.name], tensor))
+            done += piece.nbytes
             if on_progress is not None:
                 on_progress(done, total)
-    finally:
-        reader.close()
     return found
 
 

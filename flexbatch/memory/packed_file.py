@@ -178,8 +178,7 @@ def _build(
     with Packer(stem, source, sources, layouts) as packer:
         total = sum(entry.nbytes for entry in sources.values())
         done = 0
-        for name, entry in sources.items():
-            packer.pack(name)
+        for entry in packer.pack():
             done += entry.nbytes
             if on_progress is not None:
                 on_progress(done, total)

@@ -7,19 +7,19 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
-from flexbatch.memory.direct_io import AlignedBuffer, BufferedReader, page_ceil
 from flexbatch.memory.safetensors_header import SAFETENSORS_NAMES, TensorEntry
+from flexbatch.memory.source_pieces import Piece, PieceReader, pieces
+from flexbatch.memory.span_writer import SpanWriter
 from flexbatch.memory.tiers import allocate
 
-SLICE = 64 << 20
-"""Bytes of a source tensor that are packed at a time, where its rows are independent."""
 ALIGNMENT = 64
 """Bytes that the first tensor's place in the file is a multiple of: a cache line, for weights used as they lie."""
 JOURNAL_BYTES = 256 << 20
@@ -44,8 +44,9 @@ class Layout(Protocol):
 class Packer:
     """Packs `sources` into `STEM.partial`, whose header and offsets are fixed beforehand.
 
-    `STEM.journal` is one line for what is made (another line there means another file: start again), then one line for
-    each tensor whose bytes are on disk, with the checksums of its parts. A context manager.
+    While a piece is packed, the next one is read and the one before is written. `STEM.journal` is one line for what is
+    made (another line there means another file: start again), then one line for each tensor whose bytes are on disk,
+    with the checksums of its parts; it belongs to the thread that writes. A context manager.
     """
 
     def __init__(
@@ -57,24 +58,20 @@ class Packer:
     ) -> None:
         self._partial, self._journal = stem.with_suffix(".partial"), stem.with_suffix(".journal")
         self._sources, self._layouts = sources, layouts
-        self._reader = BufferedReader()
         header, self._places, size = _header(layouts, sources)
         self._done = _journalled(self._journal, source) if self._partial.exists() else {}
         self._pending: dict[str, dict[str, int]] = {}
         self._pending_bytes = 0
-        self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if os.fstat(self._descriptor).st_size != size:
-                self._done = {}
-                os.ftruncate(self._descriptor, 0)
-                allocate(self._descriptor, size, stem.parent)
-            if not self._done:
-                _write_at(self._descriptor, header, 0)
-                self._journal.write_text(json.dumps(source) + "\n")
-        except BaseException:
-            os.close(self._descriptor)
-            self._partial.unlink(missing_ok=True)
-            raise
+        self._ends: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}
+        if self._prepare(size):
+            self._done = {}
+        self._writer = SpanWriter(self._partial)
+        if not self._done:
+            self._writer.write(memoryview(header), 0)
+            self._journal.write_text(json.dumps(source) + "\n")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -82,28 +79,28 @@ class Packer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._reader.close()
-        os.close(self._descriptor)
+        self._thread.shutdown()
+        self._writer.close()
 
-    def pack(self, name: str) -> None:
-        """Packs one tensor, unless the journal has it and its bytes are the ones written."""
-        if name in self._done and self._intact(name):
-            return
-        checksums = {part: 0 for part, _, _ in self._layouts[name].parts}
-        places = {part: self._places[f"{name}.{part}"].offset for part in checksums}
-        for piece in pieces(self._sources[name], self._layouts[name], self._reader):
-            for part, packed in zip(checksums, self._layouts[name].pack(piece), strict=True):
-                raw = packed.contiguous().view(-1).view(torch.uint8).numpy().data
-                _write_at(self._descriptor, raw, places[part])
-                places[part] += len(raw)
-                checksums[part] = zlib.crc32(raw, checksums[part])
-                self._pending_bytes += len(raw)
-        self._pending[name] = checksums
-        if self._pending_bytes >= JOURNAL_BYTES:
-            self._save()
+    def pack(self) -> Iterator[TensorEntry]:
+        """Packs the tensors, but for those that the journal has and whose bytes are the ones written; tells of each."""
+        wanted = []
+        for name, entry in self._sources.items():
+            if name in self._done and self._intact(name):
+                yield entry
+            else:
+                wanted += pieces(entry, self._layouts[name].together)
+        with PieceReader() as reader:
+            for piece, tensor in reader.read(wanted):
+                packed = [_apart(part, tensor) for part in self._layouts[piece.entry.name].pack(tensor)]
+                self._wait()
+                self._writing = self._thread.submit(self._write, piece, packed)
+                if piece.is_last:
+                    yield piece.entry
 
     def finish(self, file: Path) -> dict[str, int]:
         """Puts the whole file in place as `file`; returns the checksums of its tensors."""
+        self._wait()
         self._save()
         self._partial.replace(file)
         self._journal.unlink()
@@ -112,9 +109,47 @@ class Packer:
         os.close(folder)
         return {f"{name}.{part}": value for name, parts in self._done.items() for part, value in parts.items()}
 
+    def _prepare(self, size: int) -> bool:
+        """Whether the file had to be begun anew, with room for all; nothing is left of it where there is none."""
+        descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if os.fstat(descriptor).st_size == size:
+                return False
+            os.ftruncate(descriptor, 0)
+            allocate(descriptor, size, self._partial.parent)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _wait(self) -> None:
+        """For the piece that is being written; its error comes here."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, piece: Piece, packed: Sequence[torch.Tensor]) -> None:
+        """Writes the parts of a piece behind those of the pieces before it."""
+        name = piece.entry.name
+        names = [part for part, _, _ in self._layouts[name].parts]
+        if piece.first == 0:
+            self._ends = {part: self._places[f"{name}.{part}"].offset for part in names}
+            self._checksums = dict.fromkeys(names, 0)
+        for part, tensor in zip(names, packed, strict=True):
+            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            self._writer.write(raw, self._ends[part])
+            self._checksums[part] = zlib.crc32(raw, self._checksums[part])
+            self._ends[part] += len(raw)
+            self._pending_bytes += len(raw)
+        if piece.is_last:
+            self._pending[name] = self._checksums
+            if self._pending_bytes >= JOURNAL_BYTES:
+                self._save()
+
     def _save(self) -> None:
         """First the bytes, then the lines that say that they are there."""
-        os.fsync(self._descriptor)
+        self._writer.sync()
         with self._journal.open("a") as stream:
             for name, checksums in self._pending.items():
                 stream.write(json.dumps([name, checksums]) + "\n")
@@ -171,19 +206,11 @@ def _header(
     return struct.pack("<Q", len(raw)) + raw, places, start + position
 
 
-def pieces(entry: TensorEntry, layout: Layout, reader: BufferedReader) -> Iterator[torch.Tensor]:
-    """The source tensor, whole or in slices of its first dimension where rows are packed one by one."""
-    row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
-    independent = len(entry.shape) > layout.together
-    rows = max(1, SLICE // row) if row and independent else max(1, entry.shape[0] if entry.shape else 1)
-    buffer = AlignedBuffer(page_ceil(min(rows * row, entry.nbytes)) + 2 * page_ceil(1))
-    for first in range(0, entry.shape[0], rows):
-        count = min(rows, entry.shape[0] - first)
-        start = reader.read(entry.file, entry.offset + first * row, count * row, buffer, 0)
-        raw = buffer.tensor[start : start + count * row]
-        if start % entry.torch_dtype.itemsize:
-            raw = raw.clone()
-        yield raw.view(entry.torch_dtype).view(count, *entry.shape[1:])
+def _apart(packed: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """What was packed, not in the memory of its source, which is read over while it is written."""
+    memory = source.untyped_storage()
+    is_inside = memory.data_ptr() <= packed.data_ptr() < memory.data_ptr() + memory.nbytes()
+    return packed.clone() if is_inside else packed
 
 
 def _journalled(journal: Path, source: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -202,10 +229,3 @@ def _journalled(journal: Path, source: Mapping[str, Any]) -> dict[str, dict[str,
             break
         done[name] = checksums
     return done
-
-
-def _write_at(descriptor: int, raw: bytes | memoryview, offset: int) -> None:
-    view = memoryview(raw)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

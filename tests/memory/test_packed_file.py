@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexbatch.errors import CapacityError, FlexbatchError, ModelError, OutputError
-from flexbatch.memory import packing
+from flexbatch.memory import packing, source_pieces
+from flexbatch.memory.compressed_weight import PlainLayout
 from flexbatch.memory.direct_io import DirectReader
 from flexbatch.memory.int8_layout import Int8Layout
 from flexbatch.memory.packed_file import Layout, PackedTensor, open_packed
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize, quantize
 from flexbatch.memory.safetensors_index import SafetensorsIndex
+from flexbatch.memory.source_pieces import Piece, PieceReader
 from flexbatch.memory.transfer import StreamTensor, StreamUnit, WeightStream
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -54,22 +56,24 @@ def data_file(cache: Path) -> Path:
 
 
 def count_packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tensors whose source is read, as it happens."""
+    """Names of the tensors that are packed, as it happens."""
     names: list[str] = []
-    real = packing.pieces
+    real = PieceReader.read
 
-    def pieces(entry: object, *rest: object) -> object:
-        names.append(entry.name)  # type: ignore[attr-defined]
-        return real(entry, *rest)  # type: ignore[arg-type]
+    def read(self: PieceReader, wanted: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        for piece, tensor in real(self, wanted):
+            if piece.first == 0:
+                names.append(piece.entry.name)
+            yield piece, tensor
 
-    monkeypatch.setattr(packing, "pieces", pieces)
+    monkeypatch.setattr(PieceReader, "read", read)
     return names
 
 
 def test_a_packed_checkpoint_is_made_once_and_holds_the_quantised_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "SLICE", 2000)  # several slices for a tensor
+    monkeypatch.setattr(source_pieces, "SLICE_BYTES", 2000)  # several slices for a tensor
     tensors = write_checkpoint(tmp_path)
     index = SafetensorsIndex.open(tmp_path)
     read = count_packed(monkeypatch)
@@ -159,7 +163,8 @@ def test_packing_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 KILLED = """
 import sys
 from pathlib import Path
-from flexbatch.memory import packing
+from flexbatch.memory import packing, source_pieces
+from flexbatch.memory.compressed_weight import PlainLayout
 from flexbatch.memory.packed_file import open_packed
 from flexbatch.memory.quantization import QuantizedLayout
 from flexbatch.memory.safetensors_index import SafetensorsIndex
@@ -229,6 +234,47 @@ def test_a_full_or_broken_disk_is_a_clear_error_and_leaves_no_whole_file(
         open_packed(SafetensorsIndex.open(tmp_path), LAYOUTS, tmp_path / "cache")
     assert caught.value.remedy
     assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_a_disk_that_fails_while_the_file_is_written_is_a_clear_error_and_leaves_no_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of the writing thread comes to whoever wanted the file."""
+    tensors = write_checkpoint(tmp_path)
+    real = os.pwrite
+    written: list[int] = []
+
+    def broken(descriptor: int, raw: memoryview, offset: int) -> int:
+        written.append(offset)
+        if len(written) > 3:
+            raise OSError(5, os.strerror(5))
+        return real(descriptor, raw, offset)
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(OutputError, match="Input/output error"):
+        open_packed(SafetensorsIndex.open(tmp_path), LAYOUTS, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    monkeypatch.undo()
+    check(open_packed(SafetensorsIndex.open(tmp_path), LAYOUTS, tmp_path / "cache"), tensors)
+
+
+def test_what_is_packed_in_the_memory_of_its_source_is_not_read_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain weights are packed without a copy, and the next ones are read while one is written, slowly."""
+    real = os.pwrite
+
+    def slow(descriptor: int, raw: memoryview, offset: int) -> int:
+        time.sleep(0.01)
+        return real(descriptor, raw, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    tensors = {f"layer{number}": torch.randn(700, 300).bfloat16() for number in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    layouts = {name: PlainLayout((700, 300)) for name in tensors}
+    packed = open_packed(SafetensorsIndex.open(tmp_path), layouts, tmp_path / "cache")
+    loaded = load_file(packed["layer0"].parts["plain"].file)
+    assert all(loaded[f"{name}.plain"].equal(tensor) for name, tensor in tensors.items())
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
