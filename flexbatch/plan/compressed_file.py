@@ -8,7 +8,7 @@ from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.model_spec import BFLOAT_BYTES, ModelSpec
 
-CORE_SECONDS = 5e-9
+LOOK_CORE_SECONDS, PACK_CORE_SECONDS = 4e-9, 6e-9
 """Processor time for one number of the copy, looked through and packed (docs/benchmarks.md)."""
 
 
@@ -38,8 +38,10 @@ def has_room(spec: ModelSpec, free: int) -> bool:
 
 
 def making_seconds(spec: ModelSpec, hardware: HardwareProfile) -> float:
-    """The checkpoint is read twice, once to look through it; what is left of it is written once."""
+    """The checkpoint is read twice, once to look through it; what is left of it is written once. The disk and the
+    processor work side by side."""
     numbers = spec.packed_numbers
-    read = 2 * numbers * spec.dtype_bytes / hardware.disk_read
+    read = numbers * spec.dtype_bytes / hardware.disk_read
     written = BFLOAT_BYTES * numbers * spec.compressed_share / hardware.disk_write
-    return read + written + numbers * CORE_SECONDS / hardware.cores
+    look, pack = (numbers * each / hardware.cores for each in (LOOK_CORE_SECONDS, PACK_CORE_SECONDS))
+    return max(read, look) + max(read + written, pack)
