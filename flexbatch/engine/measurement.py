@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,16 +131,17 @@ def _write(file: Path) -> float:
     blocks = min(FILE_BYTES, shutil.disk_usage(file.parent).free // 4) // READ_BYTES
     with file.open("wb") as stream:
         allocate(stream.fileno(), blocks * READ_BYTES, file.parent)
-    writer, seconds = SpanWriter(file), 0.0
-    for block in range(blocks):
-        content = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
+    with closing(SpanWriter(file)) as writer:
+        seconds = 0.0
+        for block in range(blocks):
+            content = os.urandom(READ_BYTES)  # never the same twice: a disk below may keep equal blocks once
+            started = time.perf_counter()
+            writer.write(memoryview(content), block * READ_BYTES)
+            seconds += time.perf_counter() - started
         started = time.perf_counter()
-        writer.write(memoryview(content), block * READ_BYTES)
+        writer.sync()
         seconds += time.perf_counter() - started
-    started = time.perf_counter()
-    writer.sync()
-    writer.close()
-    return blocks * READ_BYTES / (seconds + time.perf_counter() - started)
+    return blocks * READ_BYTES / seconds
 
 
 @torch.inference_mode()

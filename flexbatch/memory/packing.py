@@ -64,14 +64,12 @@ class Packer:
         self._pending_bytes = 0
         self._ends: dict[str, int] = {}
         self._checksums: dict[str, int] = {}
-        if self._prepare(size):
-            self._done = {}
-        self._writer = SpanWriter(self._partial)
-        if not self._done:
-            self._writer.write(memoryview(header), 0)
-            self._journal.write_text(json.dumps(source) + "\n")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._writing: Future[None] | None = None
+        if not self._done or self._partial.stat().st_size != size:
+            self._done = {}
+            self._begin(source, header, size)
+        self._writer = SpanWriter(self._partial)
 
     def __enter__(self) -> Self:
         return self
@@ -79,8 +77,10 @@ class Packer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
-        self._writer.close()
+        try:
+            self._thread.shutdown()
+        finally:
+            self._writer.close()
 
     def pack(self) -> Iterator[TensorEntry]:
         """Packs the tensors, but for those that the journal has and whose bytes are the ones written; tells of each."""
@@ -109,20 +109,18 @@ class Packer:
         os.close(folder)
         return {f"{name}.{part}": value for name, parts in self._done.items() for part, value in parts.items()}
 
-    def _prepare(self, size: int) -> bool:
-        """Whether the file had to be begun anew, with room for all; nothing is left of it where there is none."""
-        descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+    def _begin(self, source: Mapping[str, Any], header: bytes, size: int) -> None:
+        """Makes the file, with room for all, and a journal of nothing; nothing is left of both where that fails."""
+        self._journal.unlink(missing_ok=True)
         try:
-            if os.fstat(descriptor).st_size == size:
-                return False
-            os.ftruncate(descriptor, 0)
-            allocate(descriptor, size, self._partial.parent)
+            with self._partial.open("wb") as stream:
+                allocate(stream.fileno(), size, self._partial.parent)
+                stream.write(header)
+            self._journal.write_text(json.dumps(source) + "\n")
         except BaseException:
             self._partial.unlink(missing_ok=True)
+            self._journal.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(descriptor)
-        return True
 
     def _wait(self) -> None:
         """For the piece that is being written; its error comes here."""

@@ -16,8 +16,8 @@ from flexbatch.memory.safetensors_header import TensorEntry
 
 SLICE_BYTES = 64 << 20
 """Of a source tensor that are packed at a time, where its rows are independent."""
-AHEAD_BYTES = 512 << 20
-"""That two pieces may take together for the second one to be read before the first one is done with."""
+LARGE_BYTES = 256 << 20
+"""Of two pieces in memory one is at most so large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,6 @@ class PieceReader:
     def __init__(self) -> None:
         self._reader = DirectReader()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pieces")
-        self._buffers = [AlignedBuffer(PAGE), AlignedBuffer(PAGE)]
 
     def __enter__(self) -> Self:
         return self
@@ -75,23 +74,23 @@ class PieceReader:
     def read(self, wanted: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Each piece with its numbers, `[count, ...]`, which are gone when the next one is asked for. EngineError with
         file and offset where the disk fails."""
+        sizes = [piece.nbytes for piece in wanted]
+        small = [size for size in sizes if size <= LARGE_BYTES]
+        buffers = [AlignedBuffer(page_ceil(max(each, default=0)) + 2 * PAGE) for each in (sizes, small)]
         coming: Future[torch.Tensor] | None = None
         turn = 0
         for piece, following in pairwise([*wanted, None]):
             assert piece is not None
-            numbers = coming.result() if coming else self._fill(piece, turn)
+            numbers = coming.result() if coming else self._fill(piece, buffers[turn])
             coming = None
-            if following is not None and piece.nbytes + following.nbytes <= AHEAD_BYTES:
-                turn = 1 - turn
-                coming = self._thread.submit(self._fill, following, turn)
+            if following is not None:
+                before, turn = turn, 0 if following.nbytes > LARGE_BYTES else 1 - turn
+                if turn != before:
+                    coming = self._thread.submit(self._fill, following, buffers[turn])
             yield piece, numbers
 
-    def _fill(self, piece: Piece, turn: int) -> torch.Tensor:
-        """Reads a piece into one of the two buffers, which grows to hold it."""
-        entry, size = piece.entry, page_ceil(piece.nbytes) + 2 * PAGE
-        if self._buffers[turn].nbytes < size:
-            self._buffers[turn] = AlignedBuffer(size)
-        buffer = self._buffers[turn]
+    def _fill(self, piece: Piece, buffer: AlignedBuffer) -> torch.Tensor:
+        entry = piece.entry
         start = self._reader.read(entry.file, entry.offset + piece.first * piece.row_bytes, piece.nbytes, buffer, 0)
         raw = buffer.tensor[start : start + piece.nbytes]
         if start % entry.torch_dtype.itemsize:

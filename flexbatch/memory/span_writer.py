@@ -22,11 +22,11 @@ class SpanWriter:
     """
 
     def __init__(self, file: Path) -> None:
+        self._step = AlignedBuffer(STEP_BYTES)
         self._buffered = os.open(file, os.O_RDWR)
         self._direct: int | None = None
         with contextlib.suppress(OSError, AttributeError):  # tmpfs, or elsewhere than on Linux
             self._direct = os.open(file, os.O_RDWR | os.O_DIRECT)
-        self._step = AlignedBuffer(STEP_BYTES)
 
     def write(self, span: memoryview, offset: int) -> None:
         """Puts the bytes of `span` at byte `offset`."""

@@ -32,6 +32,9 @@ PACKING_TIMES, PACKING_TIMES_ELSEWHERE = 4, 8
 # Calling an expert costs so much of calling a layer.
 EXPERT_CALL = 0.08
 
+# A write through the page cache takes so many times as long as one past it (docs/benchmarks.md).
+MAPPED_WRITE = 3.0
+
 
 class Resource(StrEnum):
     """What works at the same time as the others. A pass takes as long as the busiest."""
@@ -250,7 +253,7 @@ def overhead_terms(
         yield Term("hidden states on host", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
     if away.disk > 0 and waiting:
         nbytes = waiting * away.disk
-        seconds = nbytes / hardware.disk_read + nbytes / hardware.disk_write
+        seconds = nbytes / hardware.disk_read + MAPPED_WRITE * nbytes / hardware.disk_write
         yield Term("hidden states on disk", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
 
 

@@ -19,7 +19,8 @@ from flexbatch.engine.engine import Vocabulary
 from flexbatch.engine.linear_layers import use_fastest_linears
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
-from flexbatch.engine.packed_sources import CompressedSource, compress_sources
+from flexbatch.engine.packed_parameter import CompressedSource
+from flexbatch.engine.packed_sources import compress_sources
 from flexbatch.memory.compressed_weight import compressed_share
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy, Shares

@@ -22,16 +22,16 @@ from flexbatch.memory.source_pieces import Piece, PieceReader, pieces
     shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 70)), min_size=1, max_size=5),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.uint8]),
     slice_bytes=st.sampled_from([1, 300, 64 << 20]),
-    ahead_bytes=st.sampled_from([0, 2000, 512 << 20]),
+    large_bytes=st.sampled_from([0, 2000, 256 << 20]),
     together=st.integers(1, 2),
 )
 def test_pieces_are_the_tensor_in_order(
-    shapes: list[tuple[int, int]], dtype: torch.dtype, slice_bytes: int, ahead_bytes: int, together: int
+    shapes: list[tuple[int, int]], dtype: torch.dtype, slice_bytes: int, large_bytes: int, together: int
 ) -> None:
     tensors = {f"t{number}": (torch.randn(shape) * 50).to(dtype) for number, shape in enumerate(shapes)}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(source_pieces, "SLICE_BYTES", slice_bytes)
-        patch.setattr(source_pieces, "AHEAD_BYTES", ahead_bytes)
+        patch.setattr(source_pieces, "LARGE_BYTES", large_bytes)
         save_file(tensors, Path(folder) / "model.safetensors")
         entries = SafetensorsIndex.open(Path(folder)).entries
         wanted = [piece for entry in entries.values() for piece in pieces(entry, together)]
