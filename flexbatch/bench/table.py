@@ -39,6 +39,9 @@ def print_comparison(console: Console, title: str, comparison: Comparison, condi
         for outcome in engine.tried if not engine.error else ():
             what = outcome.error or f"{outcome.rate:.2f} tokens/s"
             console.print(f"  {engine.engine}, batch {outcome.batch}: {what}", markup=False, highlight=False)
+    ready = [_ready(engine) for engine in comparison.engines if not engine.error and engine.runs]
+    if ready:
+        console.print(f"making the model ready, not counted above: {', '.join(ready)}", highlight=False)
     for place, limits in enumerate(comparison.limits):
         when = f"after flexbatch's run {place}" if place else "before"
         console.print(f"measured {when}: {rates_line(limits)}", highlight=False)
@@ -65,6 +68,11 @@ def _cells(engine: EngineRuns, comparison: Comparison) -> list[str]:
         f"{engine.peak / GIB:.2f}",
         f"{run.read_bytes / 1e9:.1f}",
     ]
+
+
+def _ready(engine: EngineRuns) -> str:
+    seconds = ", ".join(f"{run.setup_seconds:.0f}" for run in engine.runs)
+    return f"{engine.engine} {seconds} s"
 
 
 def rates_line(limits: MachineLimits) -> str:
