@@ -165,7 +165,7 @@ class OffloadConfig:
     )
     compute: str = option("auto", "auto (the model's dtype), or int8: W8A8 on the CPU", one_of=("auto", "int8"))
     prefix_sharing: bool = option(True, "compute and keep the KV of shared prompt prefixes once")
-    slots: Any = option("auto", "rows in flight", count=True)
+    slots: Any = option("auto", "rows in flight; auto: of the job's longest rows, and more of shorter ones", count=True)
     prefill_tokens: Any = option("auto", "prompt tokens prefilled per pass", count=True)
     prefetch_bytes: str = option("auto", "budget for weights read ahead of use, such as 512MiB", bytes=True)
     reader: str = option(

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +79,7 @@ class Engine:
         constraints: Mapping[str, Constraint] | None = None,
         heap: Heap | None = None,
         prompts_bytes: int = 0,
+        most_slots: int = 0,
     ) -> None:
         self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
@@ -87,7 +89,7 @@ class Engine:
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
-        self._slots = RowSlots(arena)
+        self._slots = RowSlots(arena, most_slots)
         self._waiting: deque[GrowingRow] = deque()
         self._all_came = False
 
@@ -162,6 +164,7 @@ class Engine:
         return row
 
     def _one_pass(self, this: _Pass) -> None:
+        self._slots.lay_out(self._entering, filter(keeps_growing, self._waiting), self._most_columns)
         self._arena.advance(self._slots_in_use)
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
@@ -202,8 +205,9 @@ class Engine:
         with slots, and the prefixes that must be computed before them."""
         entering = self._entering
         free = [slot for slot in self._slots.free if not entering or slot != entering.slot]
-        own = [len(row.fed_tokens) - len(self._shared(row)) for row in self._waiting]
-        splittable = [self._may_be_split(row) for row in self._waiting]
+        line = list(takewhile(self._finds_room, self._waiting))
+        own = [len(row.fed_tokens) - len(self._shared(row)) for row in line]
+        splittable = [self._may_be_split(row) for row in line]
         admitted = self._admission.admit(own, splittable, len(free), idle=not self._slots.live and entering is None)
         if admitted.sizes:
             self._arena.reserve(len(admitted.sizes) - 1, self._slots_in_use)
@@ -217,6 +221,15 @@ class Engine:
         this.prefill_tokens += sum(len(part.tokens) for part in parts) + sum(own[: admitted.whole])
         this.prefill_tokens += sum(len(prefix) for prefix in new_prefixes)
         return parts, joining, new_prefixes
+
+    def _finds_room(self, row: GrowingRow) -> bool:
+        """Whether its slot is wide enough, if it needs one."""
+        return not keeps_growing(row) or self._most_columns(row) <= self._arena.span
+
+    def _most_columns(self, row: GrowingRow) -> int:
+        """Of the arena, that a row in a slot may come to need."""
+        apart = len(self._shared(row)) if self._caller.stepped.merges_prefixes else 0
+        return max(len(row.request.prompt_ids) - apart + row.request.sampling.max_new_tokens, self._padded_width)
 
     @property
     def _slots_in_use(self) -> int:
@@ -253,7 +266,7 @@ class Engine:
 
     def _use_free_slots(self) -> None:
         """No row comes any more: the memory of free slots, and what prompts needed, goes to weights."""
-        if not (self._weights.are_streamed and self._storage.gives_back):
+        if not (self._slots.live and self._weights.are_streamed and self._storage.gives_back):
             return
         more, self._lent = self._prompts_bytes - self._lent, self._prompts_bytes
         if more:

@@ -2,7 +2,7 @@
 
 All live rows end at the same column `end`, so the decode batch is an ordinary left-padded batch at any moment; a
 joining prompt writes its keys and values into the columns up to `end`. When the columns run out, the arena is shifted
-to the left by what no live row needs any more.
+to the left by what no live row needs any more. Where rows are shorter than its slots, it is cut into more of them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexbatch.engine.kv_form import kv_forms
+from flexbatch.engine.kv_memory import Relayout
 from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.engine.layer_store import FROM_DISK, KV, Attended, Expansion, LayerStore
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.transfer import StreamStatistics
+from flexbatch.plan.slot_layout import SlotLayout
 
 
 class KVArena:
@@ -57,6 +59,25 @@ class KVArena:
         for layer in self.layers:
             layer.shift(by, slots)
         self.end -= by
+
+    @property
+    def layout(self) -> SlotLayout:
+        return SlotLayout(self.slots, self.span)
+
+    @property
+    def may_be_laid_out(self) -> bool:
+        """Whether the memory may be cut anew: all layers have it, in one place each."""
+        return all(layer.lies_together for layer in self.layers)
+
+    def lay_out(self, new: SlotLayout, kept: int) -> None:
+        """Cuts the memory into other slots, with the rows of the first `kept` slots in the same ones. Every row ends
+        as many columns before the end as it did, and none may have more tokens than the new span."""
+        count = min(self.end + 1, new.span)
+        source, target = slice(self.end + 1 - count, self.end + 1), slice(new.span - count, new.span)
+        for layer in self.layers:
+            layer.lay_out(Relayout(new.slots, new.columns, kept, source, target))
+        self.slots, self.span, self.columns, self.end = new.slots, new.span, new.columns, new.span - 1
+        self._in_use = new.slots
 
     def give_back(self, slots: int) -> int:
         """Gives up the device's memory of all but the first `slots` slots; returns how many bytes that are now."""

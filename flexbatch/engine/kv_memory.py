@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,10 +10,41 @@ from flexbatch.engine.kv_form import Parts
 
 
 @dataclass(frozen=True)
+class Relayout:
+    """The same memory cut into `slots` of so many `columns`: of the first `kept` slots the columns `source` become the
+    columns `target`."""
+
+    slots: int
+    columns: int
+    kept: int
+    source: slice
+    target: slice
+
+
+@dataclass(frozen=True)
 class MemorySlots:
-    """`parts` are those of keys, then of values, `[slots, heads, columns, ...]`. Slots are numbered from 0 here."""
+    """`parts` are those of keys, then of values, `[slots, heads, columns, ...]`, and lie at the beginning of `memory`,
+    `[numbers]` each. Slots are numbered from 0 here."""
 
     parts: Parts
+    memory: Parts
+
+    @classmethod
+    def over(cls, parts: Parts) -> MemorySlots:
+        """All of the memory of these tensors."""
+        return cls(parts, tuple(part.view(-1) for part in parts))
+
+    def laid_out(self, new: Relayout) -> MemorySlots:
+        """What was kept stays, in its new place; other columns hold what happened to be there."""
+        made = []
+        for part, memory in zip(self.parts, self.memory, strict=True):
+            shape = (new.slots, part.shape[1], new.columns, *part.shape[3:])
+            target = memory[: math.prod(shape)].view(shape)
+            # In the order in which no slot is written over before it is copied.
+            for slot in range(new.kept) if new.columns <= part.shape[2] else reversed(range(new.kept)):
+                target[slot, :, new.target] = part[slot, :, new.source].clone()
+            made.append(target)
+        return MemorySlots(tuple(made), self.memory)
 
     def write_column(self, column: int, new: Parts) -> None:
         """One new token of the slots 0 to rows - 1: `[rows, heads, ...]` into `column`."""

@@ -16,7 +16,7 @@ import torch
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_disk import DiskSlots
 from flexbatch.engine.kv_form import KVForm, Parts
-from flexbatch.engine.kv_memory import MemorySlots
+from flexbatch.engine.kv_memory import MemorySlots, Relayout
 from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
@@ -112,7 +112,7 @@ class LayerStore:
     def _room(self, tier: Tier, first: int, count: int, layout: BlockLayout) -> MemorySlots | DiskSlots:
         if tier is not Tier.DISK:
             parts = tuple(self._storage.zeros(tier, (count, *sizes), dtype, KV) for sizes, dtype in layout.shapes)
-            return MemorySlots(parts)
+            return MemorySlots.over(parts)
         file = self._storage.file(count * layout.nbytes, KV)
         tails = tuple(
             self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
@@ -216,6 +216,18 @@ class LayerStore:
         """Moves all columns of the first `slots` slots to the left by `by`."""
         for segment in self.segments:
             segment.slots.shift(by, slots - segment.first)
+
+    @property
+    def lies_together(self) -> bool:
+        """Whether all slots are made, and in memory beside each other."""
+        return len(self.segments) == 1 and isinstance(self.segments[0].slots, MemorySlots)
+
+    def lay_out(self, new: Relayout) -> None:
+        """Cuts the memory anew, which must lie together."""
+        (segment,) = self.segments
+        assert isinstance(segment.slots, MemorySlots)
+        self.slots, self.columns = new.slots, new.columns
+        self.segments = [Segment(segment.tier, 0, new.slots, segment.slots.laid_out(new))]
 
     def on_device(self, slots: slice) -> Iterator[torch.Tensor]:
         """The memory on the device of some slots."""

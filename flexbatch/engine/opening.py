@@ -77,7 +77,8 @@ class EngineOptions:
     known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
     used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
-    only where prompts are among the calls. `on_packing` is told how many bytes of a packed file's sources are done, and
+    only where prompts are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
+    has slots). `on_packing` is told how many bytes of a packed file's sources are done, and
     of how many."""
 
     span: int
@@ -87,6 +88,7 @@ class EngineOptions:
     own_span: int = 0
     working_bytes: int = 64 << 20
     prompts_bytes: int = 0
+    most_slots: int = 0
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -138,7 +140,7 @@ def open_engine(
     """An engine ready to run: residents loaded, the stream of the other weights under way."""
     opened = _open(checkpoint, policy, limits, options)
     apart = opened.stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
-    span = min(options.span, options.own_span or options.span) if apart else options.span
+    span = min(options.span, options.own_span or options.span) if apart else max(options.span, options.padded_width)
     return Engine(
         opened.stepped,
         opened.weights,
@@ -153,6 +155,7 @@ def open_engine(
         constraints=options.constraints,
         heap=opened.heap,
         prompts_bytes=options.prompts_bytes,
+        most_slots=options.most_slots,
     )
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Set
 
 from flexbatch.engine.growing import GrowingRow
+from flexbatch.engine.joining import Entering
 from flexbatch.engine.kv_arena import KVArena
+from flexbatch.plan.slot_layout import SlotMemory, next_layout
+from flexbatch.plan.workload import column_slack
+
+Need = Callable[[GrowingRow], int]
 
 
 class RowSlots:
-    """One place for each slot of the arena that may be used."""
+    """One place for each slot of the arena that may be used; `most` of them where rows are short."""
 
-    def __init__(self, arena: KVArena) -> None:
-        self._arena = arena
+    def __init__(self, arena: KVArena, most: int) -> None:
+        self._arena, self._memory = arena, SlotMemory(arena.layout, max(most, arena.slots))
         self._rows: list[GrowingRow | None] = [None] * arena.slots
 
     def __len__(self) -> int:
@@ -50,6 +55,24 @@ class RowSlots:
                 break
             self._arena.move(last, hole)
             self._rows[hole], self._rows[last] = self._rows[last], None
+
+    def lay_out(self, entering: Entering | None, waiting: Iterable[GrowingRow], need: Need) -> None:
+        """Cuts the arena's memory into as many slots as it has room for of rows like those at hand: in slots, on the
+        way into one, and `waiting` for one. `need` says how many columns a row may come to have."""
+        if self.are_cut or not self._arena.may_be_laid_out:
+            return
+        if entering is not None and len(entering.sizes) >= column_slack(1):
+            return  # its parts to come need columns ahead
+        in_flight = [*self.live, *([] if entering is None else [entering.row])]
+        now = self._arena.layout
+        new = next_layout(self._memory, now, in_flight=list(map(need, in_flight)), waiting=list(map(need, waiting)))
+        if new == now:
+            return
+        self.fill_holes(set() if entering is None else {entering.slot})
+        kept = max(len(self.up_to_last), 0 if entering is None else entering.slot + 1)
+        if kept <= new.slots:
+            self._arena.lay_out(new, kept)
+            self._rows = self._rows[: new.slots] + [None] * (new.slots - len(self._rows))
 
     def cut(self) -> int:
         """Gives up the slots behind the live rows, which must lie densely; returns the device's bytes that are free."""

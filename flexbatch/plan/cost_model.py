@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.memory_need import Need, needs, peak_bytes
+from flexbatch.plan.memory_need import Need, needs, peak_bytes, usual_rows
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.terms import Resource, Term, by_resource, first_terms, pass_seconds, pass_terms
@@ -56,7 +56,7 @@ class Prediction:
 def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> Prediction:
     """The whole job under `policy`. Pure; says nothing about limits (the optimiser compares `peak` with them)."""
     shown = workload if policy.prefix_sharing else workload.without_sharing()
-    plan = schedule(shown, policy.slots, policy.prefill_tokens, policy.shortest_part)
+    plan = schedule(shown, usual_rows(shown, policy), policy.prefill_tokens, policy.shortest_part)
     totals = _Totals()
     for load, count in plan.loads.items():
         seconds = totals.add(pass_terms(spec, hardware, shown, policy, load), count, plan.ramp.get(load, 0))

@@ -32,6 +32,7 @@ def base_policy(offload: OffloadConfig) -> Policy:
         compute=offload.compute,
         prefix_sharing=offload.prefix_sharing,
         prefetch_bytes=prefetch,
+        more_if_short=str(offload.slots) == "auto",
     )
 
 

@@ -24,6 +24,7 @@ from flexbatch.plan.kv_rooms import (
 from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.slot_layout import most_slots, usual_slots
 from flexbatch.plan.workload import Workload, columns, span
 
 # A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
@@ -135,6 +136,21 @@ def most_on_disk(spec: ModelSpec, policy: Policy) -> int:
 @lru_cache(maxsize=4096)
 def _most_on_disk(layers: int, slots: int, shares: Shares) -> int:
     return slots - min(sum(count) for count in place_slots(layers, slots, shares))
+
+
+def _may_be_cut(policy: Policy) -> bool:
+    """Whether the KV cache may be cut into other slots as rows come: where it is in one memory."""
+    return policy.more_if_short and max(policy.kv.device, policy.kv.host) > 1.0 - 1e-9
+
+
+def usual_rows(workload: Workload, policy: Policy) -> int:
+    """How many rows are in flight on the average."""
+    return usual_slots(workload, policy.slots) if _may_be_cut(policy) else policy.slots
+
+
+def most_rows(workload: Workload, policy: Policy) -> int:
+    """How many rows are in flight at most."""
+    return most_slots(_as_run(workload, policy), policy.slots) if _may_be_cut(policy) else policy.slots
 
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
@@ -251,7 +267,7 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
             Need("keys and values of one layer, from latent ones", Tier.DEVICE, positions * made * number_bytes(spec))
         )
     if workload.shared_tokens:
-        tokens = workload.groups_at_once(policy.slots) * workload.shared_tokens
+        tokens = workload.groups_at_once(most_rows(workload, policy)) * workload.shared_tokens
         nbytes = tokens * spec.kv_bytes_per_token(16, number_bytes(spec))
         items.append(Need("KV of shared prefixes", Tier.DEVICE, math.ceil(nbytes)))
     return items
@@ -270,11 +286,12 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
+    rows = most_rows(workload, policy)
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
-        at_once = prompts + policy.slots
+        at_once = prompts + rows
     else:
-        at_once = max(policy.slots, min(prompts, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
+        at_once = max(rows, min(prompts, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
     query = max(layer.query_size for layer in spec.layers)
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if spec.mixtures:  # an expert's tokens and what it makes of them, in float32 twice, beside the sums
@@ -284,8 +301,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled
         inner += 2 * spec.intermediate_size
     attended = policy.slots * span(workload)
-    waiting = (tokens + policy.slots) * spec.hidden_size * size
-    logits = min(policy.slots + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)
+    waiting = (tokens + rows) * spec.hidden_size * size
+    logits = min(rows + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
         Need("activations", Tier.DEVICE, at_once * inner + attended * 8),
@@ -298,9 +315,10 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
 
 def _joining(workload: Workload, policy: Policy, longest: float) -> tuple[int, int]:
     """The most prompts that enter a pass, and their tokens. What cannot be split has saved up to its length."""
+    rows = most_rows(workload, policy)
     if policy.shortest_part and not workload.shared_tokens:
         tokens = most_tokens(math.ceil(longest), policy.prefill_tokens, policy.shortest_part)
-        return min(policy.slots, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
+        return min(rows, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
     saved = longest if policy.shortest_part else 0.0
-    joining = min(policy.slots, max(1, int((policy.prefill_tokens + saved) / workload.own_tokens + 1e-9)))
-    return joining, math.ceil(joining * longest)
+    joining = min(rows, max(1, int((policy.prefill_tokens + saved) / workload.own_tokens + 1e-9)))
+    return joining, math.ceil(min(joining, policy.slots) * longest)  # more than slots are short

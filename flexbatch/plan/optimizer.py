@@ -14,7 +14,7 @@ from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
-from flexbatch.plan.memory_need import needs
+from flexbatch.plan.memory_need import needs, usual_rows
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
@@ -162,10 +162,12 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
     limits = search.limits
     forms = [replace(search.base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
+    shown = workload if search.base.prefix_sharing else workload.without_sharing()
     coarse = [
-        replace(form, slots=slots, prefill_tokens=steady_tokens(workload, offload, slots, form))
+        replace(form, slots=slots, prefill_tokens=steady_tokens(workload, offload, rows, form))
         for slots in ladder
         for form in forms
+        for rows in {slots, usual_rows(shown, replace(form, slots=slots))}
     ]
     ranked = _ranked(spec, hardware, workload, limits, coarse)
     if ranked:
@@ -215,28 +217,39 @@ def _ranked(
     for policy in policies:
         if may_fit(spec, hardware, workload, policy, limits):
             shown = workload if policy.prefix_sharing else workload.without_sharing()
-            passes = _kinds_of_passes(shown, policy)
             still = replace(policy, weights=ALL_DEVICE)
-            loads = ((count, by_resource(pass_terms(spec, hardware, shown, still, load))) for load, count in passes)
             items = needs(spec, hardware, workload, still)
             first = sum(term.seconds for term in first_terms(hardware, items))
-            bound = first + sum(count * pass_seconds(resources) for count, resources in loads)
-            bounded.append((bound, first, policy, Problem(spec, hardware, shown, limits, passes)))
+            for rows, caches in _rows_in_flight(shown, policy):
+                passes = _kinds_of_passes(shown, policy, rows)
+                loads = ((count, by_resource(pass_terms(spec, hardware, shown, still, load))) for load, count in passes)
+                bound = first + sum(count * pass_seconds(resources) for count, resources in loads)
+                bounded.append((bound, first, policy, Problem(spec, hardware, shown, limits, passes), caches))
     # Attention in main memory is for a cache that is there, and as it was computed.
     ranked: list[tuple[float, Policy]] = []
-    for bound, first, policy, problem in sorted(bounded, key=lambda each: each[0]):
+    for bound, first, policy, problem, caches in sorted(bounded, key=lambda each: each[0]):
         if bound > best:
             break
         for host_attention in (False, True) if hardware.has_accelerator and policy.kv_bits == 16 else (False,):
             shared = best_shares(problem, replace(policy, host_attention=host_attention))
-            ranked += [(first + seconds, made) for seconds, made in shared]
+            ranked += [(first + seconds, made) for seconds, made in shared if (made.kv == ALL_DEVICE) in caches]
         best = min([best, *(seconds for seconds, _ in ranked)])
     return sorted(ranked, key=_seconds)
 
 
-def _kinds_of_passes(workload: Workload, policy: Policy) -> tuple[tuple[PassLoad, float], ...]:
+def _rows_in_flight(workload: Workload, policy: Policy) -> Iterator[tuple[int, tuple[bool, ...]]]:
+    """How many rows are in flight on the average, and for what caches: those all on the device (True), others."""
+    usual = usual_rows(workload, policy)
+    if usual > policy.slots:
+        yield usual, (True,)
+        yield policy.slots, (False,)
+    else:
+        yield policy.slots, (True, False)
+
+
+def _kinds_of_passes(workload: Workload, policy: Policy, rows: int) -> tuple[tuple[PassLoad, float], ...]:
     """The job's passes as at most two kinds: the mean of those that prefill, the mean of those that only decode."""
-    loads = schedule(workload, policy.slots, policy.prefill_tokens, policy.shortest_part).loads
+    loads = schedule(workload, rows, policy.prefill_tokens, policy.shortest_part).loads
     kinds = []
     for prefills in (True, False):
         mine = {load: count for load, count in loads.items() if (load.joining > 0) is prefills}

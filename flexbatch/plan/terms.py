@@ -19,6 +19,7 @@ from flexbatch.plan.memory_need import (
     number_bytes,
     prompts_bytes,
     streamable_bytes,
+    usual_rows,
     weight_form,
 )
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
@@ -147,7 +148,8 @@ def kept_bytes(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, p
     """Bytes of weights that lie where rows and prompts were: where the system takes memory back piece by piece."""
     if hardware.has_accelerator or not load.last:
         return 0.0
-    idle = max(0.0, load.idle - policy.slots * (1.0 - policy.kv.device))
+    planned = load.idle * policy.slots / usual_rows(workload, policy)
+    idle = max(0.0, planned - policy.slots * (1.0 - policy.kv.device))
     converted = spec.dtype_bytes / number_bytes(spec) if weight_form(policy) == 16 else 1.0
     of_rows = idle * len(spec.layers) * kv_unit_bytes(spec, workload, policy)
     return (of_rows + prompts_bytes(spec, workload, policy)) * converted

@@ -14,7 +14,8 @@ from flexbatch.plan.admission import Admission
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A job's rows. `prompt_lengths` and `new_lengths` (tokens) are samples that stand for all rows.
+    """A job's rows. `prompt_lengths` and `new_lengths` (tokens) are samples that stand for all rows: one in
+    `every` rows, in the job's order.
 
     `longest_prompt` and `longest_new` bound every row (the KV cache is laid out for them). Where prompts share a
     prefix, `shared_tokens` of each prompt are its group's, on the average, and `rows_per_group` rows share one;
@@ -29,6 +30,7 @@ class Workload:
     shared_tokens: float = 0.0
     rows_per_group: float = 1.0
     longest_own: int = 0
+    every: int = 1
 
     @staticmethod
     def uniform(rows: int, prompt: int = 512, new: int = 32, **more: Any) -> Workload:

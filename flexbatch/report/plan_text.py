@@ -14,7 +14,7 @@ from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, gibibytes
-from flexbatch.plan.memory_need import kv_units, weight_form
+from flexbatch.plan.memory_need import kv_units, most_rows, weight_form
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Shares, Tier
 from flexbatch.plan.terms import Resource
@@ -57,12 +57,19 @@ def plan_lines(plan: Plan, advice: Sequence[Advice] = ()) -> list[str]:
         f"Model    {spec.name}: {spec.parameters / 1e9:.3g}B parameters, {weights}{bits}; KV cache {kv} per token",
         f"Lives    weights {shares_text(policy.weights)}{compressed}; KV cache {shares_text(policy.kv)}; "
         f"hidden states {shares_text(policy.hidden)}",
-        f"Runs     {policy.slots} rows in flight, {policy.prefill_tokens} prompt tokens per pass; "
+        f"Runs     {_rows_text(plan)} in flight, {policy.prefill_tokens} prompt tokens per pass; "
         + ", ".join(_use(plan, tier) for tier in Tier if made.peak[tier] and plan.limits.of(tier)),
         f"Takes    {duration_text(made.seconds)} for {plan.workload.rows} rows: {made.tokens_per_second:.3g} tokens/s, "
         f"prefill {duration_text(made.prefill_seconds)}, decode {duration_text(made.decode_seconds)}",
         f"Bound by {made.binding.value} ({_busy_text(made)})" + (f"; {_advice_text(advice)}" if advice else ""),
     ]
+
+
+def _rows_text(plan: Plan) -> str:
+    """Of the longest rows, and of the shortest, where the cache holds more of them."""
+    policy = plan.prediction.policy
+    most = most_rows(plan.workload, policy)
+    return f"{policy.slots} rows" if most == policy.slots else f"{policy.slots} to {most} rows"
 
 
 def print_plan(plan: Plan, advice: Sequence[Advice], notes: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engi
 from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
-from flexbatch.plan.memory_need import prompts_bytes, working_bytes
+from flexbatch.plan.memory_need import most_rows, prompts_bytes, working_bytes
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
@@ -47,6 +47,7 @@ def open_for(
             own_span=longest_own + work.longest_new,
             working_bytes=working_bytes(plan.prediction.needs),
             prompts_bytes=prompts_bytes(plan.spec, plan.workload, plan.prediction.policy),
+            most_slots=most_rows(plan.workload, plan.prediction.policy),
             dtype=model.dtype,
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,

@@ -60,7 +60,8 @@ def with_fewer_slots(plan: Plan) -> Plan | None:
     policy = plan.prediction.policy
     if policy.slots == 1:
         return None
-    fewer = replace(policy, slots=policy.slots // 2, prefill_tokens=max(1, policy.prefill_tokens // 2))
+    tokens = max(1, policy.prefill_tokens // 2)
+    fewer = replace(policy, slots=policy.slots // 2, prefill_tokens=tokens, more_if_short=False)
     return replace(plan, prediction=predict(plan.spec, plan.hardware, plan.workload, fewer))
 
 
@@ -133,7 +134,7 @@ def describe_workload(work: Work, scan: Scan) -> Workload:
         max(1, rows), scan.lengths[::every] or (work.longest_prompt,), work.longest_new, new_lengths=scan.new[::every]
     )
     longest, longest_own = longest_prompts(work)
-    alike = replace(alike, longest_prompt=longest)
+    alike = replace(alike, longest_prompt=longest, every=every)
     if not shared:
         return alike
     groups = len(shared) / max(1, scan.groups)

@@ -38,6 +38,7 @@ def engine(
     limits: Limits | None = None,
     dtype: torch.dtype = torch.float32,
     prompts_bytes: int = 0,
+    most_slots: int = 0,
 ) -> Engine:
     checkpoint = Checkpoint(AutoConfig.from_pretrained(folder), SafetensorsIndex.open(folder).entries, str(folder))
     return open_engine(
@@ -50,6 +51,7 @@ def engine(
             dtype,
             padded_width=padded_width,
             prompts_bytes=prompts_bytes,
+            most_slots=most_slots,
             reader="buffered",
             constraints=constraints or {},
             packed_folder=disk_folder / "packed",

@@ -155,3 +155,13 @@ def test_an_arena_that_is_shifted_leaves_alone_what_no_row_is_in(resident: float
         assert sorted(ends) != ends
         assert all(part[1:].eq(7).all() for part in parts)
     running.close()
+
+
+def test_rows_that_an_earlier_run_finished_are_answered_at_the_end_of_a_job(tmp_path: Path) -> None:
+    """When nothing else is left no memory can be given to weights, and nothing needs it."""
+    requests = [
+        Request(index, prompt, Sampling(max_new_tokens=3), resumed=(5, 6, 7))
+        for index, prompt in enumerate(prompts(4, LONGEST))
+    ]
+    done, _ = answer(opened("opt", Policy(Shares(0, 0), slots=2, prefill_tokens=40), tmp_path), requests)
+    assert [done[index].token_ids for index in range(4)] == [(5, 6, 7)] * 4
