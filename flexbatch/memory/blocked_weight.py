@@ -2,7 +2,8 @@
 
 torch's products hand a plain matrix to oneDNN, which lays it out anew inside every one of them: a tenth of the time for
 a hundred rows, a third and more for sixteen (docs/benchmarks.md). A weight that lies in its format already is used as
-it is, with the same numbers as result, bit for bit.
+it is, with the same numbers as result, bit for bit (torch 2.13; where 2.11 multiplies on AMX, one in some thousand
+numbers differs in its last bit for some numbers of rows).
 
 torch keeps such a weight in an opaque tensor. To get at its bytes and to make one over given bytes there is the C
 interface that models compiled ahead of time are linked against (torch/csrc/inductor/aoti_torch/c/shim.h). Which format
