@@ -165,7 +165,7 @@ class Engine:
 
     def _one_pass(self, this: _Pass) -> None:
         self._slots.lay_out(self._entering, filter(keeps_growing, self._waiting), self._most_columns)
-        self._arena.advance(self._slots_in_use)
+        self._arena.advance(self._slots.in_use(self._entering))
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
         if self._all_came and not (self._waiting or parts or joining):
@@ -210,7 +210,7 @@ class Engine:
         splittable = [self._may_be_split(row) for row in line]
         admitted = self._admission.admit(own, splittable, len(free), idle=not self._slots.live and entering is None)
         if admitted.sizes:
-            self._arena.reserve(len(admitted.sizes) - 1, self._slots_in_use)
+            self._arena.reserve(len(admitted.sizes) - 1, self._slots.in_use(self._entering))
         joining, new_prefixes = self._batches([self._waiting.popleft() for _ in range(admitted.whole)], free)
         parts = [entering.next_part(self._arena.end)] if entering is not None else []
         if admitted.complete:
@@ -228,14 +228,9 @@ class Engine:
 
     def _most_columns(self, row: GrowingRow) -> int:
         """Of the arena, that a row in a slot may come to need."""
-        apart = len(self._shared(row)) if self._caller.stepped.merges_prefixes else 0
-        return max(len(row.request.prompt_ids) - apart + row.request.sampling.max_new_tokens, self._padded_width)
-
-    @property
-    def _slots_in_use(self) -> int:
-        """Up to the last one with a row's keys and values."""
-        entering = self._entering.slot + 1 if self._entering is not None else 0
-        return max(len(self._slots.up_to_last), entering)
+        request, is_apart = row.request, self._prefixes is not None and self._caller.stepped.merges_prefixes
+        own = len(request.prompt_ids) - (request.shared_tokens if is_apart else 0)
+        return max(own + request.sampling.max_new_tokens, self._padded_width)
 
     def _may_be_split(self, row: GrowingRow) -> bool:
         """Rows with a shared prefix are short without it, and those that need no slot have nowhere to keep a part."""

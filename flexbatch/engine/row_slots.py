@@ -41,6 +41,10 @@ class RowSlots:
         """All slots up to the last live row's."""
         return self._rows[: max(self.occupied, default=-1) + 1]
 
+    def in_use(self, entering: Entering | None) -> int:
+        """How many slots there are up to the last one with a row's keys and values, or a part of them."""
+        return max(len(self.up_to_last), 0 if entering is None else entering.slot + 1)
+
     def put(self, slot: int, row: GrowingRow) -> None:
         self._rows[slot] = row
 
@@ -59,7 +63,7 @@ class RowSlots:
     def lay_out(self, entering: Entering | None, waiting: Iterable[GrowingRow], need: Need) -> None:
         """Cuts the arena's memory into as many slots as it has room for of rows like those at hand: in slots, on the
         way into one, and `waiting` for one. `need` says how many columns a row may come to have."""
-        if self.are_cut or not self._arena.may_be_laid_out:
+        if self._memory.most == self._memory.planned.slots or self.are_cut or not self._arena.may_be_laid_out:
             return
         if entering is not None and len(entering.sizes) >= column_slack(1):
             return  # its parts to come need columns ahead
@@ -69,7 +73,7 @@ class RowSlots:
         if new == now:
             return
         self.fill_holes(set() if entering is None else {entering.slot})
-        kept = max(len(self.up_to_last), 0 if entering is None else entering.slot + 1)
+        kept = self.in_use(entering)
         if kept <= new.slots:
             self._arena.lay_out(new, kept)
             self._rows = self._rows[: new.slots] + [None] * (new.slots - len(self._rows))

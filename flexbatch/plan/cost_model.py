@@ -55,7 +55,7 @@ class Prediction:
 
 def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> Prediction:
     """The whole job under `policy`. Pure; says nothing about limits (the optimiser compares `peak` with them)."""
-    shown = workload if policy.prefix_sharing else workload.without_sharing()
+    shown = workload.as_run(policy.prefix_sharing)
     plan = schedule(shown, usual_rows(shown, policy), policy.prefill_tokens, policy.shortest_part)
     totals = _Totals()
     for load, count in plan.loads.items():

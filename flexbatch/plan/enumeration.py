@@ -68,7 +68,7 @@ def steady_tokens(workload: Workload, offload: OffloadConfig, slots: int, base: 
     """Prompt tokens per pass that just keep the slots full."""
     if str(offload.prefill_tokens) != "auto":
         return int(offload.prefill_tokens)
-    shown = workload if base.prefix_sharing else workload.without_sharing()
+    shown = workload.as_run(base.prefix_sharing)
     if base.shortest_part:
         return math.ceil(_steady(shown, slots))
     return math.ceil(shown.own_tokens * math.ceil(slots / max(1.0, shown.new_tokens)))
@@ -87,7 +87,7 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
     whole."""
     if str(offload.prefill_tokens) != "auto":
         return [int(offload.prefill_tokens)]
-    shown = workload if base.prefix_sharing else workload.without_sharing()
+    shown = workload.as_run(base.prefix_sharing)
     steady = _steady(shown, slots)
     most = min(slots * shown.own_tokens, max(steady, MOST_PREFILL_TOKENS))
     if base.shortest_part:

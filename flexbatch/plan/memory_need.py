@@ -145,18 +145,18 @@ def _may_be_cut(policy: Policy) -> bool:
 
 def usual_rows(workload: Workload, policy: Policy) -> int:
     """How many rows are in flight on the average."""
-    return usual_slots(workload, policy.slots) if _may_be_cut(policy) else policy.slots
+    return usual_slots(workload.as_run(policy.prefix_sharing), policy.slots) if _may_be_cut(policy) else policy.slots
 
 
 def most_rows(workload: Workload, policy: Policy) -> int:
     """How many rows are in flight at most."""
-    return most_slots(_as_run(workload, policy), policy.slots) if _may_be_cut(policy) else policy.slots
+    return most_slots(workload.as_run(policy.prefix_sharing), policy.slots) if _may_be_cut(policy) else policy.slots
 
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
     per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec)) / len(spec.layers)
-    return math.ceil(columns(_as_run(workload, policy)) * per_token)
+    return math.ceil(columns(workload.as_run(policy.prefix_sharing)) * per_token)
 
 
 def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
@@ -173,7 +173,7 @@ def is_gathered(spec: ModelSpec, policy: Policy) -> bool:
 
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
     """Every use of every tier at the job's peak."""
-    workload = _as_run(workload, policy)
+    workload = workload.as_run(policy.prefix_sharing)
     items = [
         Need("process", Tier.DEVICE, hardware.process_bytes),
         *weight_needs(spec, policy),
@@ -206,7 +206,7 @@ FOUND_AGAIN = 0.9
 
 def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of the device that are free once passes have no prompts any more."""
-    workload = _as_run(workload, policy)
+    workload = workload.as_run(policy.prefix_sharing)
     joining = _joining(workload, policy, float(workload.longest_kept))
     busy, quiet = (peak_bytes(_activation_needs(spec, workload, policy, *each)) for each in (joining, (0, 0)))
     return int(FOUND_AGAIN * (busy[Tier.DEVICE] - quiet[Tier.DEVICE]))
@@ -215,10 +215,6 @@ def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
 def first_used_bytes(items: Iterable[Need]) -> int:
     """Bytes of main memory that are used for the first time while the job runs: all but the process and its weights."""
     return sum(item.nbytes for item in items if item.tier is not Tier.DISK and item.what not in _THERE_BEFORE)
-
-
-def _as_run(workload: Workload, policy: Policy) -> Workload:
-    return workload if policy.prefix_sharing else workload.without_sharing()
 
 
 def weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:

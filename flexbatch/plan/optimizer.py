@@ -162,12 +162,11 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
     limits = search.limits
     forms = [replace(search.base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
-    shown = workload if search.base.prefix_sharing else workload.without_sharing()
     coarse = [
         replace(form, slots=slots, prefill_tokens=steady_tokens(workload, offload, rows, form))
         for slots in ladder
         for form in forms
-        for rows in {slots, usual_rows(shown, replace(form, slots=slots))}
+        for rows in {slots, usual_rows(workload, replace(form, slots=slots))}
     ]
     ranked = _ranked(spec, hardware, workload, limits, coarse)
     if ranked:
@@ -216,7 +215,7 @@ def _ranked(
     bounded = []
     for policy in policies:
         if may_fit(spec, hardware, workload, policy, limits):
-            shown = workload if policy.prefix_sharing else workload.without_sharing()
+            shown = workload.as_run(policy.prefix_sharing)
             still = replace(policy, weights=ALL_DEVICE)
             items = needs(spec, hardware, workload, still)
             first = sum(term.seconds for term in first_terms(hardware, items))

@@ -79,7 +79,7 @@ def usual_slots(workload: Workload, slots: int) -> int:
 def most_slots(workload: Workload, slots: int) -> int:
     """The most rows that are in flight then."""
     memory = SlotMemory(SlotLayout(slots, span(workload)), min(MOST_TIMES * slots, max(slots, workload.rows)))
-    return max(slots, memory.layout(min(_needs(workload))).slots)
+    return memory.layout(min(_needs(workload))).slots
 
 
 def _needs(workload: Workload) -> list[int]:

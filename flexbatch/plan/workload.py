@@ -77,8 +77,9 @@ class Workload:
         are_known = len(self.prompt_lengths) >= self.rows
         return min(groups, math.ceil(self.rows / self.rows_per_group)) if are_known else groups
 
-    def without_sharing(self) -> Workload:
-        return replace(self, shared_tokens=0.0, rows_per_group=1.0, longest_own=0)
+    def as_run(self, prefix_sharing: bool) -> Workload:
+        """As it is where prefixes are shared, else without what prompts have in common."""
+        return self if prefix_sharing else replace(self, shared_tokens=0.0, rows_per_group=1.0, longest_own=0)
 
     @property
     def longest_kept(self) -> int:
