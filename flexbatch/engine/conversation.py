@@ -15,7 +15,7 @@ import torch
 
 from flexbatch.engine.calls import Caller
 from flexbatch.engine.kv_arena import KVArena
-from flexbatch.engine.lookup import Acceptance, TokenIndex, agreeing, draft_length
+from flexbatch.engine.lookup import Acceptance, agreeing, draft, draft_length
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel, Stop
 from flexbatch.engine.sampling import choose
@@ -58,7 +58,7 @@ class Conversation:
     def __init__(self, stepped: SteppedModel, weights: Weights, arena: KVArena, storage: Storage) -> None:
         self._weights, self._arena, self._storage = weights, arena, storage
         self._caller = Caller(stepped, arena, storage.device)
-        self._index, self._acceptance = TokenIndex(), Acceptance()
+        self._acceptance = Acceptance()
         self.tokens: list[int] = []
         self.cached = 0
         self.counts = Counts()
@@ -102,16 +102,15 @@ class Conversation:
         self.cached = min(self.cached, len(self.tokens) - 1)  # the newest token is fed, whatever was forgotten after it
         last = min(self.context, len(self.tokens) + sampling.max_new_tokens)
         while len(self.tokens) < last:
-            self._index.follow(self.tokens)
-            draft = self._index.draft()
-            most = min(draft_length(pass_seconds, self._acceptance.share(draft.matched)), last - len(self.tokens) - 1)
-            guessed = draft.tokens[:most]
+            found = draft(self.tokens)
+            most = min(draft_length(pass_seconds, self._acceptance.share(found.matched)), last - len(self.tokens) - 1)
+            guessed = found.tokens[:most]
             with self._whole_or_not_at_all(stop_asked) as ready, torch.inference_mode():
                 logits = self._feed(guessed, ready)
             steps = range(len(self.tokens), len(self.tokens) + 1 + len(guessed))
             chosen = choose(logits, [sampling] * len(steps), steps).tolist()
             came = tuple(chosen[: agreeing(guessed, chosen) + 1])
-            self._acceptance.learn(draft, came)
+            self._acceptance.learn(found, came)
             self._count(len(guessed), came)
             self.cached = len(self.tokens) + len(came) - 1
             self.tokens += came

@@ -7,11 +7,13 @@ have said of it is kept: a pass whose time goes into moving weights then brings 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 LONGEST_DRAFT = 16
 LONGEST_MATCH = 4
+NUMBER = array("I").itemsize
 
 # What is believed of a guess before any was tried, as so many tokens right and as many wrong; and how much of what was
 # seen counts at each new step, so that a change of subject is noticed.
@@ -27,31 +29,25 @@ class Draft:
     matched: int = 0
 
 
-class TokenIndex:
-    """Where each run of one to `LONGEST_MATCH` tokens was last followed by something."""
+def draft(tokens: Sequence[int]) -> Draft:
+    """The continuation of the longest run at the end, of up to `LONGEST_MATCH` tokens, that was seen before; of its
+    last place if there are several."""
+    text = array("I", tokens).tobytes()
+    for size in range(min(LONGEST_MATCH, len(tokens) - 1), 0, -1):
+        after = _after_last(text, text[-size * NUMBER :])
+        if after:
+            return Draft(tuple(tokens[after : after + LONGEST_DRAFT]), size)
+    return Draft()
 
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
 
-    def follow(self, tokens: Sequence[int]) -> None:
-        """Makes the index that of `tokens`: what is new at their end is added; where they differ it starts anew."""
-        known = len(self._tokens)
-        if list(tokens[:known]) != self._tokens:
-            self._tokens, self._after, known = [], {}, 0
-        for place in range(known, len(tokens)):
-            # What ends just before `place` is followed by the token there; the newest tokens match nothing but earlier.
-            for size in range(1, min(LONGEST_MATCH, place) + 1):
-                self._after[tuple(tokens[place - size : place])] = place
-        self._tokens = list(tokens)
-
-    def draft(self) -> Draft:
-        """The continuation of the longest run at the end that was seen before."""
-        for size in range(min(LONGEST_MATCH, len(self._tokens)), 0, -1):
-            place = self._after.get(tuple(self._tokens[-size:]))
-            if place is not None:
-                return Draft(tuple(self._tokens[place : place + LONGEST_DRAFT]), size)
-        return Draft()
+def _after_last(text: bytes, run: bytes) -> int:
+    """The number of the token after the last place but the end where `run` stands in `text`; 0 if there is none."""
+    end = len(text) - NUMBER
+    while (at := text.rfind(run, 0, end)) >= 0:
+        if at % NUMBER == 0:
+            return (at + len(run)) // NUMBER
+        end = at + len(run) - 1
+    return 0
 
 
 def draft_length(pass_seconds: Sequence[float], acceptance: float) -> int:
