@@ -167,6 +167,11 @@ class OffloadConfig:
     prefix_sharing: bool = option(True, "compute and keep the KV of shared prompt prefixes once")
     slots: Any = option("auto", "rows in flight; auto: of the job's longest rows, and more of shorter ones", count=True)
     prefill_tokens: Any = option("auto", "prompt tokens prefilled per pass", count=True)
+    lookup: bool = option(
+        True,
+        "where passes wait for weights, guess what rows go on with from what was said; never changes the answer in "
+        "float32",
+    )
     prefetch_bytes: str = option("auto", "budget for weights read ahead of use, such as 512MiB", bytes=True)
     reader: str = option(
         "auto",

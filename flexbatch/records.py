@@ -112,7 +112,8 @@ class PassResult:
 
     `new_tokens` maps a request's index to the tokens that it gained and `new_logprobs` to theirs (only requests with
     `sampling.logprobs`); the journal keeps both. `seconds` is the pass's wall time, `rows_in_flight` the rows that
-    hold a slot after it, `prefill_tokens` the prompt tokens computed in it, `decode_tokens` the tokens generated.
+    hold a slot after it, `prefill_tokens` the prompt tokens computed in it, `decode_tokens` the tokens generated. Of
+    `guessed_tokens` that were fed `right_tokens` were what the model said: they are among those generated.
     `waits` are seconds spent waiting by cause (`weights`, `kv`, ...), `bytes_moved` bytes by link (`disk>device`, ...).
     """
 
@@ -123,5 +124,7 @@ class PassResult:
     rows_in_flight: int
     prefill_tokens: int
     decode_tokens: int
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     waits: Mapping[str, float] = field(default_factory=dict)
     bytes_moved: Mapping[str, int] = field(default_factory=dict)

@@ -20,7 +20,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from flexbatch.config import Config
-from flexbatch.engine.engine import Engine, Vocabulary
+from flexbatch.engine.engine import Engine
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.model import build
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.engine.packed_sources import GROUP_SIZE

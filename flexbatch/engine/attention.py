@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flexbatch.engine.carried_keys import Carried, OwnKeys, PackedKeys, Stretch
 from flexbatch.engine.last_layer import ReadTokens, compute_only
+from flexbatch.engine.schedule import EVEN_KEYS
 from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
 from flexbatch.kernels.packed_attention import packed_attention
@@ -27,7 +28,6 @@ from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.kernels.vectors import multiplies_tiles
 
 NAME = "flexbatch_merging"
-EVEN_KEYS = 32
 FEWEST_QUERIES = 9
 """For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
 

@@ -33,19 +33,26 @@ class _View(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class DecodeLayer(_View):  # type: ignore[no-untyped-call]
-    """One token for every slot of the decode batch: written at column `end`, attending from column `first` on.
+    """One token for every slot of the decode batch, written at column `end`, attending from column `first` on; or
+    several for every slot, `written` into their columns of `[rows, tokens]`.
 
     All tiers' keys and values are brought together on the device, for any attention.
     """
 
-    def __init__(self, store: LayerStore, rows: int, first: int, end: int) -> None:
+    def __init__(self, store: LayerStore, rows: int, first: int, end: int, written: torch.Tensor | None = None) -> None:
         super().__init__(store.columns)
-        self._store, self._rows, self._first, self._end = store, rows, first, end
+        self._store, self._rows, self._first, self._end, self._written = store, rows, first, end, written
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self._written is None:
+            self._store.write_column(self._end, keys, values)
+        else:
+            self._store.write_columns(self._written, keys, values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        self._store.write_column(self._end, key_states, value_states)
+        self._write(key_states, value_states)
         return self._store.gathered(self._rows, self._first, self._end, key_states.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -68,10 +75,12 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
         rows: int,
         first: int,
         end: int,
+        written: torch.Tensor | None,
         shared: Sequence[tuple[Prefix, torch.Tensor]],
+        *,
         host_attention: bool,
     ) -> None:
-        super().__init__(store, rows, first, end)
+        super().__init__(store, rows, first, end, written)
         self._shared, self._host_attention = shared, host_attention
         self.is_unread = False
         """Whether keys that were handed on part by part never came to attention."""
@@ -79,7 +88,7 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        self._store.write_column(self._end, key_states, value_states)
+        self._write(key_states, value_states)
         store, index = self._store, self._store.index
         shared = [SharedKeys(p.keys[index], p.values[index], rows) for p, rows in self._shared]
         if (whole := store.in_one_place(self._rows, self._first, self._end)) is not None:

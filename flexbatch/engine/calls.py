@@ -33,7 +33,7 @@ from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.layer_store import LayerStore
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix
-from flexbatch.engine.schedule import oldest_column
+from flexbatch.engine.schedule import DecodePlaces, decode_places
 from flexbatch.kernels.vectors import multiplies_tiles
 
 # Matrix products are slower for odd numbers of rows (docs/benchmarks.md), and each number is compiled for anew; so many
@@ -43,19 +43,26 @@ EVEN_TOKENS = 16 if multiplies_tiles() else 8
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """A slot's newest token, how many tokens it has in the arena (0: an empty slot, whose logits mean nothing), and
-    the prefix that is kept apart from it."""
+    """A slot's newest token and what is guessed to follow it, how many tokens it has in the arena (0: an empty slot,
+    whose logits mean nothing), how many columns before the arena's end the newest one goes, and the prefix that is kept
+    apart from them."""
 
-    token: int = 0
+    tokens: tuple[int, ...] = (0,)
     length: int = 0
+    lag: int = 0
     prefix: Prefix | None = None
+
+    @property
+    def before(self) -> int:
+        """How many tokens come before the newest one."""
+        return self.length + (len(self.prefix) if self.prefix else 0)
 
 
 @dataclass(frozen=True)
 class Piece(Generic[Read]):
     """One call of the model, not yet made: tokens and positions `[rows, tokens]`, the padding mask `[rows, columns]`
-    (1: may be seen), a cache layer for each decoder layer, and who reads the logits of the last `kept` positions (None:
-    it is only for what it leaves in the cache)."""
+    (1: may be seen; by which tokens, `[rows, tokens, columns]` may say side by side), a cache layer for each decoder
+    layer, and who reads the logits of the last `kept` positions (None: it is only for what it leaves in the cache)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -111,7 +118,8 @@ class Caller:
         starts = list(itertools.accumulate((piece.tokens for piece in pieces), initial=0))
         spans = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         masks = [visible(piece.mask, piece.ids.shape[1], dtype) if _is_masked(piece) else None for piece in pieces]
-        seen_from = [(piece.mask == 0).sum(1) for piece in pieces]  # masks have their zeros at the left
+        # Masks of rows have their zeros at the left.
+        seen_from = [(piece.mask == 0).sum(1) if piece.mask.ndim == 2 else None for piece in pieces]
         rows = [len(piece.ids) for piece in pieces]
         caches: list[CacheLayerMixin] = [
             SideBySideLayer(
@@ -140,24 +148,38 @@ class Caller:
             raise makes_keys_anew(self.stepped.model)
 
     def decode(self, rows: Sequence[DecodeRow], reader: Reader[Read]) -> Piece[Read]:
-        """The next token of the slots 0 to rows - 1."""
-        lengths = [row.length for row in rows]
-        end, first = self.arena.end, oldest_column(self.arena.end, lengths)
-        cached = torch.tensor(lengths, device=self.device)
-        columns = torch.arange(first, end + 1, device=self.device)
-        mask = (columns[None] >= (end - cached)[:, None]).long()
-        ids = torch.tensor([row.token for row in rows], device=self.device)[:, None]
-        before = torch.tensor([len(row.prefix) if row.prefix else 0 for row in rows], device=self.device)
+        """The next tokens of the slots 0 to rows - 1: one of each row, and one for each of its guesses that is right.
+        Where there are guesses or lags, all pieces must go side by side."""
+        lengths, lags = [row.length for row in rows], [row.lag for row in rows]
+        places = decode_places(self.arena.end, lengths, lags, width=max(len(row.tokens) for row in rows))
+        width = places.width
+        ids = torch.tensor([[*row.tokens, *row.tokens[-1:] * (width - len(row.tokens))] for row in rows])
+        fed = [[row.before + min(place, len(row.tokens) - 1) for place in range(width)] for row in rows]
+        columns = torch.arange(places.first, places.end + 1)
+        newest = torch.tensor(places.newest)[:, None]
+        seen = columns[None] >= newest - torch.tensor(lengths)[:, None]
+        written = None
+        if not places.are_even:
+            written = newest + torch.arange(width)
+            seen = seen[:, None] & (columns <= written[..., None])
         shared = [(prefix, torch.tensor(members, device=self.device)) for prefix, members in _members(rows)]
-        layers = [self._decode_layer(layer, len(rows), first, shared) for layer in self.arena.layers]
-        return Piece(ids, (cached + before)[:, None], mask, True, layers, 1, reader)
+        layers = [self._decode_layer(layer, len(rows), places, written, shared) for layer in self.arena.layers]
+        ids, positions, mask = (each.to(self.device) for each in (ids, torch.tensor(fed), seen.long()))
+        return Piece(ids, positions, mask, True, layers, width, reader)
 
     def _decode_layer(
-        self, store: LayerStore, rows: int, first: int, shared: Sequence[tuple[Prefix, torch.Tensor]]
+        self,
+        store: LayerStore,
+        rows: int,
+        places: DecodePlaces,
+        written: torch.Tensor | None,
+        shared: Sequence[tuple[Prefix, torch.Tensor]],
     ) -> DecodeLayer:
         if self.stepped.merges_prefixes:
-            return MergingDecodeLayer(store, rows, first, self.arena.end, shared, self.host_attention)
-        return DecodeLayer(store, rows, first, self.arena.end)
+            return MergingDecodeLayer(
+                store, rows, places.first, places.end, written, shared, host_attention=self.host_attention
+            )
+        return DecodeLayer(store, rows, places.first, places.end, written)
 
     def compute(self, prefix: Prefix) -> Piece[None]:
         """The keys and values of a prefix."""

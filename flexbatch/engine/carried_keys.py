@@ -58,12 +58,13 @@ class Carried:
 class Stretch:
     """Some of the tokens of a call that are side by side in one row: really `rows` rows of their own, with a cache
     layer of their own. Each sees its keys from `starts` (int64 `[rows]`) up to itself; `mask` is what that adds to
-    scores (None: nothing but causality). Of each row attention is asked for the last `read` tokens (None: for all)."""
+    scores (None: nothing but causality), and says it alone where there are no `starts`. Of each row attention is asked
+    for the last `read` tokens (None: for all)."""
 
     tokens: slice
     rows: int
     cache: CacheLayerMixin
-    starts: torch.Tensor
+    starts: torch.Tensor | None
     mask: torch.Tensor | None
     read: int | None = None
 

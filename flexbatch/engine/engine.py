@@ -17,14 +17,15 @@ from typing import Any, Protocol
 import torch
 
 from flexbatch.engine.calls import Caller, DecodeRow, Piece
-from flexbatch.engine.growing import ConstraintState, Decoder, GrowingRow, finish
+from flexbatch.engine.growing import ConstraintState, GrowingRow, Vocabulary, finish
+from flexbatch.engine.guessing import Guesses
 from flexbatch.engine.head import Reader
 from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.micro_batch import MicroBatch, walk
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.prefix import Prefix, PrefixStore
-from flexbatch.engine.reading import Chosen, choose_tokens, score_slice, scored
+from flexbatch.engine.reading import Gain, grow, score_slice, scored
 from flexbatch.engine.row_slots import RowSlots
 from flexbatch.engine.schedule import in_turn, pack, pack_alike
 from flexbatch.engine.storage import Storage
@@ -42,22 +43,16 @@ class Constraint(Protocol):
     def start(self) -> ConstraintState: ...
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the engine must know of the tokenizer: how to decode, and which tokens end a sequence."""
-
-    decoder: Decoder
-    end_tokens: frozenset[int]
-
-
 @dataclass
 class _Pass:
     """What a pass gathers while it runs."""
 
     completions: list[Completion] = field(default_factory=list)
-    grown: list[GrowingRow] = field(default_factory=list)
+    gains: list[Gain] = field(default_factory=list)
+    decoded: list[Gain] = field(default_factory=list)
+    """Those of `gains` whose rows were in slots before."""
     prefill_tokens: int = 0
-    decode_tokens: int = 0
+    guessed_tokens: int = 0
 
 
 class Engine:
@@ -80,6 +75,7 @@ class Engine:
         heap: Heap | None = None,
         prompts_bytes: int = 0,
         most_slots: int = 0,
+        guess_room: int = 0,
     ) -> None:
         self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
@@ -90,6 +86,8 @@ class Engine:
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots = RowSlots(arena, most_slots)
+        self._guesses = Guesses(guess_room if self._side_by_side else 0, max(most_slots, arena.slots))
+        self._prefill_tokens = prefill_tokens
         self._waiting: deque[GrowingRow] = deque()
         self._all_came = False
 
@@ -104,18 +102,24 @@ class Engine:
                 return
             with torch.inference_mode():
                 self._one_pass(this)
-            after = self._statistics()
+            after, seconds = self._statistics(), time.perf_counter() - started
+            waits = {cause: each.wait_seconds - before[cause].wait_seconds for cause, each in after.items()}
+            self._guesses.learn(this.decoded, seconds, sum(waits.values()), this.prefill_tokens + len(this.decoded))
             yield PassResult(
                 completions=tuple(this.completions),
-                new_tokens={row.request.index: (row.tokens[-1],) for row in this.grown},
+                new_tokens={gain.row.request.index: tuple(gain.row.tokens[-gain.tokens :]) for gain in this.gains},
                 new_logprobs={
-                    row.request.index: (row.logprobs[-1],) for row in this.grown if row.request.sampling.logprobs
+                    gain.row.request.index: tuple(gain.row.logprobs[-gain.tokens :])
+                    for gain in this.gains
+                    if gain.row.request.sampling.logprobs
                 },
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 rows_in_flight=len(self._slots.live) + (self._entering is not None),
                 prefill_tokens=this.prefill_tokens,
-                decode_tokens=this.decode_tokens,
-                waits={cause: each.wait_seconds - before[cause].wait_seconds for cause, each in after.items()},
+                decode_tokens=sum(gain.tokens for gain in this.gains),
+                guessed_tokens=this.guessed_tokens,
+                right_tokens=sum(gain.tokens - 1 for gain in this.gains),
+                waits=waits,
                 bytes_moved=dict(_bytes_moved(after) - _bytes_moved(before)),
             )
 
@@ -149,7 +153,7 @@ class Engine:
                 self._all_came = True
                 return
             row = self._started(request)
-            done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder) if row.tokens else None
+            done = finish(row, self._vocabulary) if row.tokens else None
             if done is None:
                 self._waiting.append(row)
             else:
@@ -165,7 +169,9 @@ class Engine:
 
     def _one_pass(self, this: _Pass) -> None:
         self._slots.lay_out(self._entering, filter(keeps_growing, self._waiting), self._most_columns)
-        self._arena.advance(self._slots.in_use(self._entering))
+        self._arena.advance(1)
+        this.guessed_tokens = self._guesses.draw_up(self._slots.live if self._arena.takes_guesses else [])
+        self._slots.reserve(0, self._entering)
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
         if self._all_came and not (self._waiting or parts or joining):
@@ -183,6 +189,7 @@ class Engine:
             self._settle_part(part, read.pop(0), this)
         for batch, answers in zip(joining, read, strict=True):
             self._settle(batch, answers, this)
+        self._slots.settle({gain.row.request.index: gain.tokens for gain in this.decoded}, self._entering)
         if self._prefixes is not None:
             for prefix in new_prefixes:
                 self._prefixes.admit(prefix)
@@ -203,6 +210,7 @@ class Engine:
     def _join(self, this: _Pass) -> tuple[list[Part], list[Joining], list[Prefix]]:
         """Takes the prompts that are prefilled in this pass out of the waiting line: parts of long ones, micro-batches
         with slots, and the prefixes that must be computed before them."""
+        self._admission.budget = self._prefill_tokens * self._guesses.pace
         entering = self._entering
         free = [slot for slot in self._slots.free if not entering or slot != entering.slot]
         line = list(takewhile(self._finds_room, self._waiting))
@@ -210,9 +218,9 @@ class Engine:
         splittable = [self._may_be_split(row) for row in line]
         admitted = self._admission.admit(own, splittable, len(free), idle=not self._slots.live and entering is None)
         if admitted.sizes:
-            self._arena.reserve(len(admitted.sizes) - 1, self._slots.in_use(self._entering))
+            self._slots.reserve(len(admitted.sizes) - 1, self._entering)
         joining, new_prefixes = self._batches([self._waiting.popleft() for _ in range(admitted.whole)], free)
-        parts = [entering.next_part(self._arena.end)] if entering is not None else []
+        parts = [entering.next_part(self._arena.end - entering.row.lag)] if entering is not None else []
         if admitted.complete:
             self._entering = None
         if admitted.sizes:
@@ -278,23 +286,25 @@ class Engine:
             self._lent = 0
             self._heap.lend(0)
 
-    def _decoding(self) -> Piece[list[Chosen]] | None:
+    def _decoding(self) -> Piece[list[Gain]] | None:
         """The decode batch over the slots up to the last live one; empty slots among them are rows of length 0."""
         slots = self._slots.up_to_last
         if not slots:
             return None
         rows = [
-            DecodeRow(row.tokens[-1], row.arena_length, row.kept_apart) if row is not None else DecodeRow()
+            DecodeRow((row.tokens[-1], *row.draft.tokens), row.arena_length, row.lag, row.kept_apart)
+            if row is not None
+            else DecodeRow()
             for row in slots
         ]
-        return self._caller.decode(rows, partial(choose_tokens, slots, self._vocabulary.end_tokens))
+        return self._caller.decode(rows, partial(grow, slots, self._vocabulary))
 
     def _prefill(self, batch: Joining) -> Piece[list[Any]]:
         keep = max(1, *(row.request.score_tokens for row in batch.rows))
         reader: Reader[list[Any]] = (
             partial(score_slice, [row.request for row in batch.rows], keep)
             if batch.scored
-            else partial(choose_tokens, batch.rows, self._vocabulary.end_tokens)
+            else partial(grow, batch.rows, self._vocabulary)
         )
         if batch.prefix is None:
             prompts = [row.fed_tokens for row in batch.rows]
@@ -302,22 +312,20 @@ class Engine:
         own = [row.fed_tokens[len(batch.prefix) :] for row in batch.rows]
         return self._caller.prefill_after(batch.prefix, own, batch.slots, keep, reader)
 
-    def _part(self, part: Part) -> Piece[list[Chosen]]:
-        reader = partial(choose_tokens, [part.of.row], self._vocabulary.end_tokens) if part.completes else None
+    def _part(self, part: Part) -> Piece[list[Gain]]:
+        reader = partial(grow, [part.of.row], self._vocabulary) if part.completes else None
         return self._caller.extend(part.tokens, part.of.slot, part.before, part.last, 1, reader)
 
-    def _settle_part(self, part: Part, chosen: list[Chosen], this: _Pass) -> None:
+    def _settle_part(self, part: Part, gains: list[Gain], this: _Pass) -> None:
         """The last part of a prompt gives its row the first token."""
         if part.completes:
-            self._settle(Joining([part.of.row], [part.of.slot], scored=False), chosen, this)
+            self._settle(Joining([part.of.row], [part.of.slot], scored=False), gains, this)
 
-    def _settle_decoded(self, chosen: list[Chosen], this: _Pass) -> None:
-        """One more token for every live row; those that are done leave their slots."""
-        slots, rows = self._slots.occupied, self._slots.live
-        this.decode_tokens += len(rows)
-        self._grow(rows, chosen, this)
-        for slot, row in zip(slots, rows, strict=True):
-            if self._is_done(row, this):
+    def _settle_decoded(self, gains: list[Gain], this: _Pass) -> None:
+        """More tokens for every live row; those that are done leave their slots."""
+        this.decoded += gains
+        for slot, gain in zip(self._slots.occupied, gains, strict=True):
+            if self._is_done(gain, this):
                 self._slots.clear(slot)
 
     def _settle(self, batch: Joining, read: list[Any], this: _Pass) -> None:
@@ -328,24 +336,17 @@ class Engine:
                 for index, row in enumerate(batch.rows)
             ]
             return
-        this.decode_tokens += len(batch.rows)
-        self._grow(batch.rows, read, this)
-        for index, row in enumerate(batch.rows):
-            if not self._is_done(row, this) and batch.slots:
-                row.kept_apart = batch.prefix if self._caller.stepped.merges_prefixes else None
-                self._slots.put(batch.slots[index], row)
+        for index, gain in enumerate(read):
+            if not self._is_done(gain, this) and batch.slots:
+                gain.row.kept_apart = batch.prefix if self._caller.stepped.merges_prefixes else None
+                self._slots.put(batch.slots[index], gain.row)
 
-    def _grow(self, rows: list[GrowingRow], chosen: list[Chosen], this: _Pass) -> None:
-        """One more token for each row."""
-        for row, (token, logprob) in zip(rows, chosen, strict=True):
-            row.add(token, logprob if row.request.sampling.logprobs else None)
-        this.grown += rows
-
-    def _is_done(self, row: GrowingRow, this: _Pass) -> bool:
-        done = finish(row, self._vocabulary.end_tokens, self._vocabulary.decoder)
-        if done is None:
+    def _is_done(self, gain: Gain, this: _Pass) -> bool:
+        this.gains.append(gain)
+        if gain.completion is None:
             return False
-        this.completions.append(done)
+        this.completions.append(gain.completion)
+        self._guesses.remember(gain.row)
         return True
 
 

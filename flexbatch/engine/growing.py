@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from flexbatch.engine.lookup import Draft
 from flexbatch.engine.prefix import Prefix
 from flexbatch.records import Completion, FinishReason, Request
 
@@ -15,6 +16,14 @@ class Decoder(Protocol):
     """The part of a Transformers tokenizer that turns tokens into text."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the engine must know of the tokenizer: how to decode, and which tokens end a sequence."""
+
+    decoder: Decoder
+    end_tokens: frozenset[int]
 
 
 class ConstraintState(Protocol):
@@ -38,13 +47,16 @@ class ConstraintState(Protocol):
 
 @dataclass
 class GrowingRow:
-    """A request in a slot. `tokens` includes what earlier attempts generated."""
+    """A request in a slot. `tokens` includes what earlier attempts generated. `draft` is what is guessed to come next,
+    and `lag` by how many columns its newest token is before that of the row that is ahead of all others."""
 
     request: Request
     tokens: list[int]
     logprobs: list[float]
     constraint: ConstraintState | None = None
     kept_apart: Prefix | None = None
+    draft: Draft = Draft()
+    lag: int = 0
 
     @property
     def all_tokens(self) -> tuple[int, ...]:
@@ -77,10 +89,10 @@ class GrowingRow:
             self.constraint.advance(token)
 
 
-def finish(row: GrowingRow, end_tokens: frozenset[int], decoder: Decoder) -> Completion | None:
+def finish(row: GrowingRow, vocabulary: Vocabulary) -> Completion | None:
     """The row's completion if its newest token ended it: end of sequence, a stop string, or the length."""
-    sampling = row.request.sampling
-    if row.tokens and row.tokens[-1] in end_tokens:
+    sampling, decoder = row.request.sampling, vocabulary.decoder
+    if row.tokens and row.tokens[-1] in vocabulary.end_tokens:
         return _completion(row, decoder.decode(row.tokens, skip_special_tokens=True), "stop")
     text = stopped_text(row.tokens, sampling.stop, decoder)
     if text is not None:

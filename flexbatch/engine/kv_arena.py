@@ -1,8 +1,10 @@
 """The KV cache of all rows in flight: for each layer a store of slots by columns.
 
 All live rows end at the same column `end`, so the decode batch is an ordinary left-padded batch at any moment; a
-joining prompt writes its keys and values into the columns up to `end`. When the columns run out, the arena is shifted
-to the left by what no live row needs any more. Where rows are shorter than its slots, it is cut into more of them.
+joining prompt writes its keys and values into the columns up to `end`. Only where rows gain several tokens at a time
+(`guessing.py`) do others lag behind. When the columns run out, the arena is shifted to the left by what no live row
+needs any more, and all end at the same column again. Where rows are shorter than its slots, it is cut into more of
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from flexbatch.plan.slot_layout import SlotLayout
 
 
 class KVArena:
-    """All layers' stores, and the column `end` at which every live row ends.
+    """All layers' stores, and the column `end` of the newest token of any live row.
 
     `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts,
     `bits` 16 (as the model made them), 8 or 4.
@@ -45,20 +47,34 @@ class KVArena:
             for index, each in enumerate(counts)
         ]
 
-    def advance(self, slots: int) -> None:
-        """The next pass's column; shifts the first `slots` slots where the columns have run out."""
-        self.end += 1
-        self.reserve(0, slots)
+    def advance(self, by: int) -> None:
+        """There are rows whose newest tokens come so many columns later."""
+        self.end += by
 
-    def reserve(self, ahead: int, slots: int) -> None:
-        """Sees to it that the columns up to `end + ahead` (`ahead` less than the slack) exist; else shifts the first
-        `slots` slots, those that rows are in. Others would only take memory by it that they did not have yet."""
+    def reserve(self, ahead: int, lags: Sequence[int]) -> bool:
+        """Sees to it that the columns up to `end + ahead` (`ahead` less than the slack) exist; else moves those of the
+        first slots, which rows are in, to the left, so that all rows end at one column, and returns true. `lags` says
+        how many columns before `end` each of them ends now. Other slots would only take memory by it that they did not
+        have yet."""
         if self.end + ahead < self.columns:
-            return
-        by = self.end - self.span
+            return False
+        self._align(lags, self.end - self.span)
+        return True
+
+    def align(self, lags: Sequence[int]) -> None:
+        """Moves the columns of the first slots to the right by what their rows lag behind."""
+        if any(lags):
+            self._align(lags, 0)
+
+    def _align(self, lags: Sequence[int], by: int) -> None:
         for layer in self.layers:
-            layer.shift(by, slots)
+            layer.shift([by - lag for lag in lags])
         self.end -= by
+
+    @property
+    def takes_guesses(self) -> bool:
+        """Whether rows may gain several tokens at a time."""
+        return all(layer.takes_guesses for layer in self.layers)
 
     @property
     def layout(self) -> SlotLayout:
@@ -71,7 +87,7 @@ class KVArena:
 
     def lay_out(self, new: SlotLayout, kept: int) -> None:
         """Cuts the memory into other slots, with the rows of the first `kept` slots in the same ones. Every row ends
-        as many columns before the end as it did, and none may have more tokens than the new span."""
+        as many columns before the end as it did, and none may need more of them up to there than the new span."""
         count = min(self.end + 1, new.span)
         source, target = slice(self.end + 1 - count, self.end + 1), slice(new.span - count, new.span)
         for layer in self.layers:

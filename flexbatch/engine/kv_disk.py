@@ -6,7 +6,7 @@ enters in parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_traffic import DiskBlocks, DiskTraffic
@@ -65,13 +65,13 @@ class DiskSlots:
             part[:, columns] = tokens
         return self._entered()
 
-    def shift(self, by: int, slots: int) -> None:
-        """Moves all columns of the first `slots` slots to the left by `by`."""
-        for slot in range(min(slots, self._blocks.count)):
+    def shift(self, by: Sequence[int]) -> None:
+        """Moves all columns of the first slots to the left by so many."""
+        for slot, left in enumerate(by):
             is_growing_in = slot == self._entering and slot not in self._since
             parts = self._entered() if is_growing_in else self.load(slot)
             for part in parts:
-                part[:, :-by] = part[:, by:].clone()
+                part[:, :-left] = part[:, left:].clone()
             if not is_growing_in:
                 self.store(slot, parts)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from flexbatch.engine.kv_form import Parts
 
@@ -51,6 +53,13 @@ class MemorySlots:
         for part, tokens in zip(self.parts, new, strict=True):
             part[: tokens.shape[0], :, column] = tokens
 
+    def write_columns(self, columns: torch.Tensor, new: Parts) -> None:
+        """New tokens of the slots 0 to rows - 1: `[rows, heads, width, ...]`, each into its column of `[rows,
+        width]`."""
+        for part, tokens in zip(self.parts, new, strict=True):
+            slots = torch.arange(len(columns), device=part.device)[:, None]
+            part[slots, :, columns.to(part.device)] = tokens.transpose(1, 2)
+
     def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
         """The slots 0 to rows - 1 in these columns, some at a time: here all at once."""
         yield slice(0, rows), tuple(part[:rows, :, columns] for part in self.parts)
@@ -65,11 +74,15 @@ class MemorySlots:
         self.write_prompt(slot, columns, new)
         return self.load(slot)
 
-    def shift(self, by: int, slots: int) -> None:
-        """Moves all columns of the first `slots` slots to the left by `by`, one by one so that the copy stays small."""
+    def shift(self, by: Sequence[int]) -> None:
+        """Moves all columns of the first slots to the left by so many (below 0: to the right), one slot after the other
+        so that the copy stays small."""
         for part in self.parts:
-            for slot in part[: max(0, slots)]:
-                slot[:, :-by] = slot[:, by:].clone()
+            for slot, left in zip(part, by, strict=False):
+                if left > 0:
+                    slot[:, :-left] = slot[:, left:].clone()
+                elif left < 0:
+                    slot[:, -left:] = slot[:, :left].clone()
 
     def load(self, slot: int) -> Parts:
         """All columns of a slot `[heads, columns, ...]`."""

@@ -138,6 +138,21 @@ class LayerStore:
         for segment, outside in self._blocks(keys.shape[0]):
             segment.slots.write_column(column, tuple(new[outside, :, 0] for new in made))
 
+    def write_columns(self, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """New tokens of the slots 0 to rows - 1, all of which are in memory: `[rows, heads, width, head_dim]`, each
+        into its column of `[rows, width]`."""
+        made = self.pack(keys, values)
+        for segment, outside in self._blocks(keys.shape[0]):
+            assert isinstance(segment.slots, MemorySlots)
+            segment.slots.write_columns(columns[outside], tuple(new[outside] for new in made))
+
+    @property
+    def takes_guesses(self) -> bool:
+        """Whether rows may gain several tokens at a time: all slots are made and in memory, and what attention reads
+        answers more than one query a row."""
+        in_memory = all(isinstance(segment.slots, MemorySlots) for segment in self.segments)
+        return bool(self.segments) and in_memory and self.attended is not Attended.PACKED
+
     def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
         """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
         columns = slice(end + 1 - parts[0].shape[2], end + 1)
@@ -212,10 +227,10 @@ class LayerStore:
         old, new = self._segment(source), self._segment(target)
         new.slots.store(target - new.first, old.slots.load(source - old.first))
 
-    def shift(self, by: int, slots: int) -> None:
-        """Moves all columns of the first `slots` slots to the left by `by`."""
+    def shift(self, by: Sequence[int]) -> None:
+        """Moves all columns of the first slots to the left by so many."""
         for segment in self.segments:
-            segment.slots.shift(by, slots - segment.first)
+            segment.slots.shift(by[segment.first : segment.first + segment.count])
 
     @property
     def lies_together(self) -> bool:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 LONGEST_DRAFT = 16
 LONGEST_MATCH = 4
 NUMBER = array("I").itemsize
+MOST_REMEMBERED = 4096  # tokens
+END = 2**32 - 1  # stands for no token
 
 # What is believed of a guess before any was tried, as so many tokens right and as many wrong; and how much of what was
 # seen counts at each new step, so that a change of subject is noticed.
@@ -29,19 +32,35 @@ class Draft:
     matched: int = 0
 
 
-def draft(tokens: Sequence[int]) -> Draft:
+class Remembered:
+    """What was said elsewhere, the newest last, with `END` after each."""
+
+    def __init__(self) -> None:
+        self.tokens = array("I")
+
+    def add(self, tokens: Sequence[int]) -> None:
+        self.tokens.extend([*tokens, END])
+        del self.tokens[: max(0, len(self.tokens) - MOST_REMEMBERED)]
+
+
+def draft(tokens: Sequence[int], elsewhere: Sequence[int] = ()) -> Draft:
     """The continuation of the longest run at the end, of up to `LONGEST_MATCH` tokens, that was seen before; of its
-    last place if there are several."""
-    text = array("I", tokens).tobytes()
-    for size in range(min(LONGEST_MATCH, len(tokens) - 1), 0, -1):
-        after = _after_last(text, text[-size * NUMBER :])
-        if after:
-            return Draft(tuple(tokens[after : after + LONGEST_DRAFT]), size)
+    last place if there are several. What is repeated goes on being repeated. If not in `tokens`, runs of two and more
+    are looked for `elsewhere`."""
+    text, other = array("I", tokens).tobytes(), array("I", elsewhere).tobytes()
+    for size in range(min(LONGEST_MATCH, len(tokens)), 0, -1):
+        run = text[-size * NUMBER :]
+        if after := _after_last(text, run):
+            period = len(tokens) - after
+            return Draft(tuple(tokens[after + place % period] for place in range(LONGEST_DRAFT)), size)
+        if size > 1 and (after := _after_last(other, run)) and elsewhere[after] != END:
+            return Draft(tuple(takewhile(END.__ne__, elsewhere[after : after + LONGEST_DRAFT])), size)
     return Draft()
 
 
 def _after_last(text: bytes, run: bytes) -> int:
-    """The number of the token after the last place but the end where `run` stands in `text`; 0 if there is none."""
+    """The number of the token after the last place where `run` stands in `text` with a token after it; 0 if there is
+    none."""
     end = len(text) - NUMBER
     while (at := text.rfind(run, 0, end)) >= 0:
         if at % NUMBER == 0:

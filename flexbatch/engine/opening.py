@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 
 from flexbatch.engine.checkpoint_map import ParameterSource, map_checkpoint
 from flexbatch.engine.conversation import Conversation
-from flexbatch.engine.engine import Constraint, Engine, Vocabulary
+from flexbatch.engine.engine import Constraint, Engine
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.last_layer import narrow
 from flexbatch.engine.layer_store import Attended
@@ -78,8 +79,8 @@ class EngineOptions:
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
     used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
     only where prompts are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
-    has slots). `on_packing` is told how many bytes of a packed file's sources are done, and
-    of how many."""
+    has slots), and `guess_room` for how many guesses of theirs in a pass (0: none are made). `on_packing` is told how
+    many bytes of a packed file's sources are done, and of how many."""
 
     span: int
     dtype: torch.dtype
@@ -89,6 +90,7 @@ class EngineOptions:
     working_bytes: int = 64 << 20
     prompts_bytes: int = 0
     most_slots: int = 0
+    guess_room: int = 0
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -156,6 +158,7 @@ def open_engine(
         heap=opened.heap,
         prompts_bytes=options.prompts_bytes,
         most_slots=options.most_slots,
+        guess_room=options.guess_room,
     )
 
 

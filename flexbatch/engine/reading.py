@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from flexbatch.engine.growing import ConstraintState, GrowingRow
+from flexbatch.engine.growing import ConstraintState, GrowingRow, Vocabulary, finish
 from flexbatch.engine.sampling import choose, log_probabilities
 from flexbatch.records import Completion, Request
 
@@ -16,29 +17,50 @@ Chosen = tuple[int, float]
 """A token and the natural logarithm of its probability (0 where nobody asked for it)."""
 
 
-def choose_tokens(
-    rows: Sequence[GrowingRow | None],
-    end_tokens: Collection[int],
-    logits: torch.Tensor,
-    part: slice,
-    _positions: slice,
-) -> list[Chosen]:
-    """The next token of those of `rows` that are in `part` and there, from its logits, float32
-    `[part, 1, vocabulary]`, which may be changed."""
-    there = [(index, row) for index, row in enumerate(rows[part]) if row is not None]
-    if not there:
-        return []
-    own = logits[:, -1] if len(there) == len(logits) else logits[[index for index, _ in there], -1]
-    samplings = [row.request.sampling for _, row in there]
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """How many tokens a row has gained in a pass, and its completion if it is done."""
+
+    row: GrowingRow
+    tokens: int
+    completion: Completion | None
+
+
+def grow(
+    rows: Sequence[GrowingRow | None], vocabulary: Vocabulary, logits: torch.Tensor, part: slice, _positions: slice
+) -> list[Gain]:
+    """Those of `rows` that are in `part` and there get their next tokens, from its logits, float32 `[part, places,
+    vocabulary]`, which may be changed: one token each, and another for each guess of its draft that turns out right."""
+    asking = [(index, row) for index, row in enumerate(rows[part]) if row is not None]
+    gains: dict[int, Gain] = {}
+    for place in range(logits.shape[1]):
+        if not asking:
+            break
+        own = logits[:, place] if len(asking) == len(logits) else logits[[index for index, _ in asking], place]
+        chosen = choose_tokens([row for _, row in asking], vocabulary.end_tokens, own)
+        right = []
+        for (index, row), (token, logprob) in zip(asking, chosen, strict=True):
+            row.add(token, logprob if row.request.sampling.logprobs else None)
+            done = finish(row, vocabulary)
+            gains[index] = Gain(row, place + 1, done)
+            if done is None and row.draft.tokens[place : place + 1] == (token,):
+                right.append((index, row))
+        asking = right
+    return [gains[index] for index in sorted(gains)]
+
+
+def choose_tokens(rows: Sequence[GrowingRow], end_tokens: Collection[int], own: torch.Tensor) -> list[Chosen]:
+    """The next token of each row from its logits, float32 `[rows, vocabulary]`, which may be changed."""
+    samplings = [row.request.sampling for row in rows]
     wanted = any(sampling.logprobs for sampling in samplings)
     allowed = own.clone() if wanted else own  # probabilities are those of the model, whatever is allowed
-    for index, (_, row) in enumerate(there):
+    for index, row in enumerate(rows):
         forbid(allowed[index], row, end_tokens)
-    tokens = choose(allowed, samplings, [len(row.tokens) for _, row in there])
-    for index, (_, row) in enumerate(there):
+    tokens = choose(allowed, samplings, [len(row.tokens) for row in rows])
+    for index, row in enumerate(rows):
         if row.constraint is not None:
             tokens[index] = _with_room_to_end(row, row.constraint, allowed[index], int(tokens[index]))
-    logprobs = log_probabilities(own, tokens).tolist() if wanted else [0.0] * len(there)
+    logprobs = log_probabilities(own, tokens).tolist() if wanted else [0.0] * len(rows)
     return list(zip(tokens.tolist(), logprobs, strict=True))
 
 

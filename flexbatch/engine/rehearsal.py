@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from flexbatch.engine.checkpoint_map import map_checkpoint
-from flexbatch.engine.engine import Engine, Vocabulary
+from flexbatch.engine.engine import Engine
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.linear_layers import use_fastest_linears
 from flexbatch.engine.micro_batch import install_stops

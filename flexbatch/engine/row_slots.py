@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from flexbatch.engine.growing import GrowingRow
 from flexbatch.engine.joining import Entering
@@ -67,7 +67,7 @@ class RowSlots:
             return
         if entering is not None and len(entering.sizes) >= column_slack(1):
             return  # its parts to come need columns ahead
-        in_flight = [*self.live, *([] if entering is None else [entering.row])]
+        in_flight = self._in_flight(entering)
         now = self._arena.layout
         new = next_layout(self._memory, now, in_flight=list(map(need, in_flight)), waiting=list(map(need, waiting)))
         if new == now:
@@ -75,8 +75,42 @@ class RowSlots:
         self.fill_holes(set() if entering is None else {entering.slot})
         kept = self.in_use(entering)
         if kept <= new.slots:
+            self._arena.align(self._lags(entering))
+            self._are_aligned(entering)
             self._arena.lay_out(new, kept)
             self._rows = self._rows[: new.slots] + [None] * (new.slots - len(self._rows))
+
+    def reserve(self, ahead: int, entering: Entering | None) -> None:
+        """Sees to it that the arena has columns up to so many (less than its slack) after its end, and for the rows'
+        guesses."""
+        most = max([ahead, *(len(row.draft.tokens) for row in self.live)])
+        if self._arena.reserve(most, self._lags(entering)):
+            self._are_aligned(entering)
+
+    def settle(self, gained: Mapping[int, int], entering: Entering | None) -> None:
+        """The arena's end becomes that of the row that is ahead now. `gained` says how many tokens each request has got
+        in this pass that were in slots before it; others have one. What is behind the end lags."""
+        rows = self._in_flight(entering)
+        for row in rows:
+            row.lag -= gained.get(row.request.index, 1) - 1
+        ahead = max([0, *(-row.lag for row in rows)])
+        for row in rows:
+            row.lag += ahead
+        self._arena.advance(ahead)
+
+    def _lags(self, entering: Entering | None) -> list[int]:
+        """Of the rows in the first slots, up to the last one that is in use."""
+        lags = [0 if row is None else row.lag for row in self._rows[: self.in_use(entering)]]
+        if entering is not None:
+            lags[entering.slot] = entering.row.lag
+        return lags
+
+    def _are_aligned(self, entering: Entering | None) -> None:
+        for row in self._in_flight(entering):
+            row.lag = 0
+
+    def _in_flight(self, entering: Entering | None) -> list[GrowingRow]:
+        return [*self.live, *([] if entering is None else [entering.row])]
 
     def cut(self) -> int:
         """Gives up the slots behind the live rows, which must lie densely; returns the device's bytes that are free."""

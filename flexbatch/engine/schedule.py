@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flexbatch.plan.memory_need import MICRO_BATCH_TOKENS
 
@@ -48,6 +49,31 @@ def in_turn(sizes: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[slice
     return groups
 
 
-def oldest_column(end: int, lengths: Sequence[int]) -> int:
-    """The first column that any live row of these cached lengths still needs, when the next token goes to `end`."""
-    return end - max(lengths)
+# Attention of several queries a row takes so many columns, or a multiple (attention.even_keys).
+EVEN_KEYS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlaces:
+    """The columns of a decode batch. Attention reads `first` to `end`; `newest` is where each row's newest token goes;
+    behind it come guesses, `width` tokens in all for every row."""
+
+    first: int
+    end: int
+    newest: tuple[int, ...]
+    width: int
+
+    @property
+    def are_even(self) -> bool:
+        """Whether every row has one token, in the same column."""
+        return self.width == 1 and set(self.newest) == {self.end}
+
+
+def decode_places(end: int, lengths: Sequence[int], lags: Sequence[int], width: int) -> DecodePlaces:
+    """For rows of these cached lengths; the next token of those that do not lag goes to `end`."""
+    newest = tuple(end - lag for lag in lags)
+    first = min(column - length for column, length in zip(newest, lengths, strict=True))
+    last = max(newest) + width - 1
+    if width > 1:
+        first -= min(first, -(last + 1 - first) % EVEN_KEYS)
+    return DecodePlaces(first, last, newest, width)

@@ -33,6 +33,7 @@ def base_policy(offload: OffloadConfig) -> Policy:
         prefix_sharing=offload.prefix_sharing,
         prefetch_bytes=prefetch,
         more_if_short=str(offload.slots) == "auto",
+        guesses=offload.lookup,
     )
 
 

@@ -42,6 +42,12 @@ def logits_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
 
 
+# Guesses that every row in flight may have in a pass (fewer rows may have more), if it may say so many tokens; and by
+# how much prompts may come faster where guesses are right.
+GUESSES = 2
+FEWEST_TO_GUESS = 8
+MOST_PACE = 1.5
+
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
 _GIVEN_BACK = {"activations", "logits"}
 
@@ -153,6 +159,13 @@ def most_rows(workload: Workload, policy: Policy) -> int:
     return most_slots(workload.as_run(policy.prefix_sharing), policy.slots) if _may_be_cut(policy) else policy.slots
 
 
+def guessed_tokens(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+    """How many guesses a pass may be fed with: where it can wait for weights, and rows are long enough to guess."""
+    is_streamed, in_memory = policy.weights.device < 1.0 - 1e-9, policy.kv.disk < 1e-9
+    suits = policy.guesses and spec.side_by_side and is_streamed and in_memory and policy.kv_bits == 16
+    return GUESSES * most_rows(workload, policy) if suits and workload.longest_new >= FEWEST_TO_GUESS else 0
+
+
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
     per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec)) / len(spec.layers)
@@ -178,7 +191,7 @@ def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy
         Need("process", Tier.DEVICE, hardware.process_bytes),
         *weight_needs(spec, policy),
         *_kv_needs(spec, hardware, workload, policy),
-        *_activation_needs(spec, workload, policy, *_joining(workload, policy, float(workload.longest_kept))),
+        *_activation_needs(spec, workload, policy, *_joining(spec, workload, policy)),
     ]
     return tuple(item for item in items if item.nbytes > 0)
 
@@ -207,7 +220,7 @@ FOUND_AGAIN = 0.9
 def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of the device that are free once passes have no prompts any more."""
     workload = workload.as_run(policy.prefix_sharing)
-    joining = _joining(workload, policy, float(workload.longest_kept))
+    joining = _joining(spec, workload, policy)
     busy, quiet = (peak_bytes(_activation_needs(spec, workload, policy, *each)) for each in (joining, (0, 0)))
     return int(FOUND_AGAIN * (busy[Tier.DEVICE] - quiet[Tier.DEVICE]))
 
@@ -282,7 +295,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
-    rows = most_rows(workload, policy)
+    guesses = guessed_tokens(spec, workload, policy)
+    rows = most_rows(workload, policy) + guesses
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + rows
@@ -309,12 +323,13 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     ]
 
 
-def _joining(workload: Workload, policy: Policy, longest: float) -> tuple[int, int]:
+def _joining(spec: ModelSpec, workload: Workload, policy: Policy) -> tuple[int, int]:
     """The most prompts that enter a pass, and their tokens. What cannot be split has saved up to its length."""
-    rows = most_rows(workload, policy)
+    rows, longest = most_rows(workload, policy), float(workload.longest_kept)
+    budget = policy.prefill_tokens * (MOST_PACE if guessed_tokens(spec, workload, policy) else 1.0)
     if policy.shortest_part and not workload.shared_tokens:
-        tokens = most_tokens(math.ceil(longest), policy.prefill_tokens, policy.shortest_part)
+        tokens = most_tokens(math.ceil(longest), budget, policy.shortest_part)
         return min(rows, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
     saved = longest if policy.shortest_part else 0.0
-    joining = min(rows, max(1, int((policy.prefill_tokens + saved) / workload.own_tokens + 1e-9)))
+    joining = min(rows, max(1, int((budget + saved) / workload.own_tokens + 1e-9)))
     return joining, math.ceil(min(joining, policy.slots) * longest)  # more than slots are short

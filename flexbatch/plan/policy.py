@@ -49,7 +49,8 @@ class Policy:
     `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (see `admission.Admission`);
     `prefetch_bytes` bounds the weights that are on their way or wait on the device (0: see `placement.stream_bytes`).
     With `compressed` the layers' matrices are kept and moved in fewer bytes, without loss. With `more_if_short` there
-    may be more rows in flight where rows are shorter than the job's longest and all the cache is in one memory.
+    may be more rows in flight where rows are shorter than the job's longest and all the cache is in one memory. With
+    `guesses` rows may gain several tokens in a pass that waits for weights.
     """
 
     weights: Shares = ALL_DEVICE
@@ -65,6 +66,7 @@ class Policy:
     prefetch_bytes: int = 0
     compressed: bool = False
     more_if_short: bool = False
+    guesses: bool = False
 
     @property
     def shortest_part(self) -> int:

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 from flexbatch.config import Config
-from flexbatch.engine.engine import Engine, Vocabulary
+from flexbatch.engine.engine import Engine
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engine
 from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
-from flexbatch.plan.memory_need import most_rows, prompts_bytes, working_bytes
+from flexbatch.plan.memory_need import guessed_tokens, most_rows, prompts_bytes, working_bytes
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
@@ -48,6 +49,7 @@ def open_for(
             working_bytes=working_bytes(plan.prediction.needs),
             prompts_bytes=prompts_bytes(plan.spec, plan.workload, plan.prediction.policy),
             most_slots=most_rows(plan.workload, plan.prediction.policy),
+            guess_room=guessed_tokens(plan.spec, plan.workload, plan.prediction.policy),
             dtype=model.dtype,
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,

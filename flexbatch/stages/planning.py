@@ -61,7 +61,7 @@ def with_fewer_slots(plan: Plan) -> Plan | None:
     if policy.slots == 1:
         return None
     tokens = max(1, policy.prefill_tokens // 2)
-    fewer = replace(policy, slots=policy.slots // 2, prefill_tokens=tokens, more_if_short=False)
+    fewer = replace(policy, slots=policy.slots // 2, prefill_tokens=tokens, more_if_short=False, guesses=False)
     return replace(plan, prediction=predict(plan.spec, plan.hardware, plan.workload, fewer))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from flexbatch.engine.engine import Constraint, Engine, Vocabulary
+from flexbatch.engine.engine import Constraint, Engine
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy
@@ -39,6 +40,7 @@ def engine(
     dtype: torch.dtype = torch.float32,
     prompts_bytes: int = 0,
     most_slots: int = 0,
+    guess_room: int = 0,
 ) -> Engine:
     checkpoint = Checkpoint(AutoConfig.from_pretrained(folder), SafetensorsIndex.open(folder).entries, str(folder))
     return open_engine(
@@ -52,6 +54,7 @@ def engine(
             padded_width=padded_width,
             prompts_bytes=prompts_bytes,
             most_slots=most_slots,
+            guess_room=guess_room,
             reader="buffered",
             constraints=constraints or {},
             packed_folder=disk_folder / "packed",

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from flexbatch.engine import opening
-from flexbatch.engine.engine import Vocabulary
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import UNLIMITED, Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.errors import OutputError
 from flexbatch.memory.blocked_weight import suits

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from flexbatch.engine import model as building
 from flexbatch.engine import opening
 from flexbatch.engine.checkpoint_map import map_checkpoint
-from flexbatch.engine.engine import Vocabulary
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.linear_layers import use_fastest_linears
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine

@@ -83,7 +83,7 @@ class Rows:
 
     def enter(self, slot: int, first: int, rest: int) -> None:
         """Half of a prompt; the other half comes with the next pass."""
-        self.arena.reserve(1, self._in_use(slot))
+        self.arena.reserve(1, [0] * self._in_use(slot))
         self.entering = (slot, self.new(first), rest)
         self._extend(slot, self.entering[1], 0, self.arena.end + 1 - rest)
 
@@ -93,7 +93,8 @@ class Rows:
 
     def one_pass(self) -> None:
         """All rows gain a token, and find what they had; then the row that enters gets the rest of its prompt."""
-        self.arena.advance(self._in_use())
+        self.arena.advance(1)
+        self.arena.reserve(0, [0] * self._in_use())
         if self.tokens:
             self._decode()
         if self.entering is not None:

@@ -206,7 +206,8 @@ def test_shifts_and_moves_keep_every_token(
             arena.move(one, other)
             model[other] = list(model[one])
         elif kind == "token" and model and max(map(len, model.values())) < span:
-            arena.advance(1 + max(model))
+            arena.advance(1)
+            arena.reserve(0, [0] * (1 + max(model)))
             rows = 1 + max(model)
             states = new(rows, 1)
             store.write_column(arena.end, *states)

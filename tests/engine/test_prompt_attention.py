@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from flexbatch.engine.engine import Vocabulary
+from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.kernels import prefill_attention
 from flexbatch.memory.safetensors_index import SafetensorsIndex

@@ -113,7 +113,7 @@ def test_a_model_that_would_never_stop_is_brought_to_a_valid_end(pairs: str, tem
     wish = torch.zeros(len(tokenizer()))
     wish[[tokenizer().convert_tokens_to_ids(letter) for letter in string.ascii_lowercase]] = 9.0
     while not row.tokens or (row.tokens[-1] != END and len(row.tokens) < limit):
-        [(token, _)] = choose_tokens([row], [END], wish[None, None].clone(), slice(0, 1), slice(0, 1))
+        [(token, _)] = choose_tokens([row], [END], wish[None].clone())
         row.add(token, None)
     text = tokenizer().decode(row.tokens, skip_special_tokens=True)
     assert len(text) >= limit - 1

@@ -1,0 +1,247 @@
+"""Rows that guess what comes next gain several tokens in a pass; the tokens stay those of Transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexbatch.engine import guessing
+from flexbatch.engine.growing import GrowingRow
+from flexbatch.engine.guessing import MOST_GUESSES, Guesses, affordable, worthwhile
+from flexbatch.engine.lookup import Draft, Remembered, draft
+from flexbatch.engine.reading import Gain
+from flexbatch.plan.policy import Policy, Shares
+from flexbatch.records import Completion, PassResult, Request, Sampling
+from tests.engine.families import FAMILIES, prompts, reference, saved
+from tests.engine.running import answer, assert_same_tokens, engine
+
+NEW_TOKENS = 14
+LONGEST = 60
+SLOTS = 4
+POLICY = Policy(Shares(0, 0), slots=SLOTS, prefill_tokens=40)
+GREEDY = Sampling(max_new_tokens=NEW_TOKENS)
+Drafts = Callable[[Sequence[int], Sequence[int]], Draft]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> Callable[[Drafts], None]:
+    """Guesses are fed whatever they cost, and are those of the given function."""
+
+    def guess(found: Drafts) -> None:
+        monkeypatch.setattr(guessing, "affordable", lambda *_: 1e9)
+        monkeypatch.setattr(guessing, "draft", found)
+
+    return guess
+
+
+def knowing(answers: Sequence[Sequence[int]], right: float = 0.7, seed: int = 1) -> Drafts:
+    """Guesses what follows in `answers` (prompt and completion each), some of it wrong, at times nothing."""
+    chance = random.Random(seed)
+
+    def found(tokens: Sequence[int], _elsewhere: Sequence[int] = ()) -> Draft:
+        said = next((each for each in answers if tuple(each[: len(tokens)]) == tuple(tokens)), ())
+        coming = list(said[len(tokens) :][: chance.randint(0, 9)])
+        spoilt = [token if chance.random() < right else (token + 1) % 1000 for token in coming]
+        return Draft(tuple(spoilt), 1 if spoilt else 0)
+
+    return found
+
+
+def requests_of(rows: Sequence[tuple[int, ...]], sampling: Sampling = GREEDY, shared: int = 0) -> list[Request]:
+    return [Request(index, row, sampling, shared_tokens=shared) for index, row in enumerate(rows)]
+
+
+def ragged(count: int, seed: int = 3) -> list[tuple[int, ...]]:
+    return [row[: max(1, len(row) - 7 * (index % 6))] for index, row in enumerate(prompts(count, LONGEST, seed=seed))]
+
+
+def counts(passes: Sequence[PassResult]) -> tuple[int, int]:
+    return sum(each.guessed_tokens for each in passes), sum(each.right_tokens for each in passes)
+
+
+def tokens_of(done: dict[int, Completion]) -> list[tuple[int, ...]]:
+    return [done[index].token_ids for index in sorted(done)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guessing_rows_say_what_transformers_says(
+    family: str, tmp_path: Path, always: Callable[[Drafts], None]
+) -> None:
+    rows = ragged(14)
+    want = [reference(family, row, NEW_TOKENS) for row in rows]
+    always(knowing([row + tuple(said) for row, said in zip(rows, want, strict=True)]))
+    running = engine(saved(family), POLICY, LONGEST + NEW_TOKENS, tmp_path, guess_room=100)
+    may_guess = running._side_by_side
+    done, passes = answer(running, requests_of(rows))
+    for index, row in enumerate(rows):
+        assert_same_tokens(family, row, done[index].token_ids, want[index])
+    guessed, right = counts(passes)
+    assert (guessed > right > 0) if may_guess else guessed == 0
+    assert sum(each.decode_tokens for each in passes) == sum(map(len, want))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gptj"])
+def test_rows_that_share_a_prefix_guess_too(family: str, tmp_path: Path, always: Callable[[Drafts], None]) -> None:
+    (prefix,) = prompts(1, 40, seed=9)
+    rows = [prefix + row[:20] for row in ragged(10)]
+    want = [reference(family, row, NEW_TOKENS) for row in rows]
+    always(knowing([row + tuple(said) for row, said in zip(rows, want, strict=True)]))
+    running = engine(saved(family), POLICY, 60 + NEW_TOKENS, tmp_path, guess_room=100)
+    done, passes = answer(running, requests_of(rows, shared=len(prefix)))
+    for index, row in enumerate(rows):
+        assert_same_tokens(family, row, done[index].token_ids, want[index])
+    assert counts(passes)[1] > 0
+
+
+@pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
+def test_right_guesses_save_passes_and_wrong_ones_cost_none(
+    right: float, tmp_path: Path, always: Callable[[Drafts], None]
+) -> None:
+    rows = ragged(12)
+    span = LONGEST + NEW_TOKENS
+    plain, slow = answer(engine(saved("opt"), POLICY, span, tmp_path), requests_of(rows))
+    always(knowing([row + plain[index].token_ids for index, row in enumerate(rows)], right))
+    done, passes = answer(engine(saved("opt"), POLICY, span, tmp_path, guess_room=100), requests_of(rows))
+    assert tokens_of(done) == tokens_of(plain)
+    assert len(passes) < 0.7 * len(slow) if right == 1.0 else len(passes) <= len(slow)
+
+
+def test_sampled_rows_and_their_log_probabilities_stay(tmp_path: Path, always: Callable[[Drafts], None]) -> None:
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.3, top_p=0.9, seed=5, logprobs=True)
+    rows, span = ragged(9), LONGEST + NEW_TOKENS
+    plain, _ = answer(engine(saved("llama"), POLICY, span, tmp_path), requests_of(rows, sampling))
+    always(knowing([row + plain[index].token_ids for index, row in enumerate(rows)]))
+    done, passes = answer(engine(saved("llama"), POLICY, span, tmp_path, guess_room=100), requests_of(rows, sampling))
+    assert tokens_of(done) == tokens_of(plain)
+    assert counts(passes)[1] > 0
+    for index, completion in done.items():
+        assert completion.logprobs == pytest.approx(plain[index].logprobs, abs=1e-4)
+    told = {index: [] for index in done}  # type: dict[int, list[int]]
+    for each in passes:
+        for index, tokens in each.new_tokens.items():
+            told[index] += tokens
+    assert [tuple(told[index]) for index in sorted(told)] == tokens_of(done)  # what the journal keeps
+
+
+def test_nothing_is_said_after_an_end_that_came_among_right_guesses(
+    tmp_path: Path, always: Callable[[Drafts], None]
+) -> None:
+    rows, span = ragged(10), LONGEST + NEW_TOKENS
+    plain, _ = answer(engine(saved("opt"), POLICY, span, tmp_path, end_tokens=()), requests_of(rows))
+    always(knowing([row + plain[index].token_ids for index, row in enumerate(rows)], right=1.0))
+    end = plain[0].token_ids[5]
+    stops = replace(GREEDY, stop=(f" {plain[1].token_ids[7]} ",))
+    for ends, sampling in (((end,), GREEDY), ((), stops)):
+        old, _ = answer(engine(saved("opt"), POLICY, span, tmp_path, end_tokens=ends), requests_of(rows, sampling))
+        running = engine(saved("opt"), POLICY, span, tmp_path, end_tokens=ends, guess_room=100)
+        new, passes = answer(running, requests_of(rows, sampling))
+        assert new == old
+        assert counts(passes)[1] > 0
+        assert any(each.finish_reason == "stop" for each in new.values())
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    times=st.sampled_from([1, 2, 4]),
+    on_two_tiers=st.booleans(),
+    bits=st.sampled_from([16, 8]),
+)
+def test_any_mixture_of_gains_leaves_the_tokens(
+    seed: int, times: int, on_two_tiers: bool, bits: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows of all lengths, many shifts of the arena, other layouts of it, prompts that enter in parts meanwhile."""
+    folder, chance = tmp_path_factory.mktemp("guesses"), random.Random(seed)
+    rows = [row[: chance.randint(1, LONGEST)] for row in prompts(20, LONGEST, seed=chance.randint(0, 99))]
+    lengths = [chance.randint(1, 40) for _ in rows]
+    requests = [
+        Request(index, row, Sampling(max_new_tokens=lengths[index], min_new_tokens=chance.randint(0, 2)))
+        for index, row in enumerate(rows)
+    ]
+    kv = Shares(0.5, 0.5) if on_two_tiers and bits == 16 else Shares(1, 0)
+    policy = replace(POLICY, kv=kv, kv_bits=bits, prefill_tokens=chance.choice([33, 70, 200]))
+    span = LONGEST + 40
+    plain, _ = answer(engine(saved("llama"), policy, span, folder), requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guessing, "affordable", lambda *_: 1e9)
+        answers = [row + plain[index].token_ids for index, row in enumerate(rows)]
+        patch.setattr(guessing, "draft", knowing(answers, chance.random(), seed))
+        running = engine(saved("llama"), policy, span, folder, guess_room=60, most_slots=times * SLOTS)
+        done, _ = answer(running, requests)
+    assert tokens_of(done) == tokens_of(plain)
+
+
+def test_rows_on_disk_do_not_guess(tmp_path: Path, always: Callable[[Drafts], None]) -> None:
+    rows = ragged(8)
+    always(lambda *_: Draft((1, 2), 2))
+    policy = replace(POLICY, kv=Shares(0, 0))
+    running = engine(saved("opt"), policy, LONGEST + NEW_TOKENS, tmp_path, guess_room=100)
+    done, passes = answer(running, requests_of(rows))
+    assert counts(passes) == (0, 0)
+    assert len(done) == len(rows)
+
+
+def test_what_one_row_said_is_a_guess_for_the_next() -> None:
+    said = Remembered()
+    said.add((7, 8, 9))
+    said.add((5, 6))
+    assert draft((1, 7, 8), said.tokens) == Draft((9,), 2)
+    assert draft((2, 8, 9), said.tokens) == Draft()  # what another row said after it does not follow
+    for number in range(3000):
+        said.add((number, number))
+    assert len(said.tokens) == 4096
+
+
+def grown(tokens: int) -> Gain:
+    return Gain(GrowingRow(Request(0, (1, 2, 3)), list(range(tokens)), []), tokens, None)
+
+
+def row_that_repeats() -> GrowingRow:
+    return GrowingRow(Request(0, (1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1), Sampling(max_new_tokens=64)), [2], [])
+
+
+def test_a_pass_that_waits_for_weights_is_filled_with_guesses_and_one_that_does_not_has_none() -> None:
+    waiting, busy = Guesses(100, 4), Guesses(100, 4)
+    for _ in range(3):
+        waiting.learn([grown(1)], seconds=2.0, waited=1.0, tokens=50)
+        busy.learn([grown(1)], seconds=2.0, waited=0.0, tokens=50)
+    assert waiting.draw_up([row_that_repeats() for _ in range(4)]) > 4
+    assert busy.draw_up([row_that_repeats() for _ in range(4)]) == 0
+
+
+def test_guesses_end_where_there_is_no_room_no_time_or_nothing_left_to_say() -> None:
+    guesses = Guesses(8, 4)
+    guesses.learn([grown(1)], seconds=2.0, waited=1.9, tokens=50)
+    rows = [row_that_repeats() for _ in range(4)]
+    assert guesses.draw_up(rows) == 8
+    assert [len(row.draft.tokens) for row in rows] == [2] * 4
+    for _ in range(20):
+        rows[0].tokens += rows[0].draft.tokens
+        guesses.learn([Gain(rows[0], 2, None)], seconds=2.0, waited=1.9, tokens=50)
+    assert guesses.draw_up([row_that_repeats()]) == MOST_GUESSES  # fewer rows may have more
+    last = row_that_repeats()
+    last.tokens = [2] * 62
+    assert guesses.draw_up([last]) == 1
+    assert Guesses(0, 4).draw_up(rows) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 16)), min_size=1, max_size=8), st.integers(0, 7))
+def test_no_guess_is_fed_that_promises_nothing(rows: list[tuple[float, int]], most: int) -> None:
+    shares, lengths = [share for share, _ in rows], [length for _, length in rows]
+    width = worthwhile(shares, lengths, most)
+    assert 0 <= width <= most
+    gains = [sum(s**k for s, n in rows if n >= k) / len(rows) for k in range(1, most + 1)]
+    assert all(gain >= guessing.LEAST_GAIN for gain in gains[:width])
+    assert width == most or gains[width] < guessing.LEAST_GAIN
+
+
+def test_the_time_for_guesses_is_what_was_waited() -> None:
+    assert affordable(0, 1.0, 0.01) == pytest.approx(90)
+    assert affordable(50, 0.0, 0.01) < 50  # fewer and fewer where nothing is waited for
+    assert affordable(10, 1.0, 0.0) == 0.0
