@@ -237,6 +237,9 @@ class BenchConfig:
         "bench: the type that peers compute in; auto: float32 where a CPU is slow in the model's, else that",
         one_of=("auto", "bfloat16", "float16", "float32"),
     )
+    lookup: bool = option(
+        False, "bench: what offload.lookup is for flexbatch's runs; random weights repeat themselves, so it is left off"
+    )
     repeats: int = option(1, "bench: runs of every engine, in turn; ratios are medians", least=1)
     policies: int = option(
         0, "bench: hand-made policies to run beside the automatic one, in place of peers; 0: none", least=0

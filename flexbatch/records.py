@@ -124,7 +124,7 @@ class PassResult:
     rows_in_flight: int
     prefill_tokens: int
     decode_tokens: int
-    guessed_tokens: int = 0
-    right_tokens: int = 0
     waits: Mapping[str, float] = field(default_factory=dict)
     bytes_moved: Mapping[str, int] = field(default_factory=dict)
+    guessed_tokens: int = 0
+    right_tokens: int = 0

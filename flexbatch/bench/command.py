@@ -88,7 +88,10 @@ class Session:
             scratch=str(scratch),
             cache_dir=str(config.model.cache_dir),
             limit=0 if bench.memory == "auto" else parse_bytes(bench.memory, key="bench.memory"),
-            options={"offload": dataclasses.asdict(config.offload), "hardware": dataclasses.asdict(config.hardware)},
+            options={
+                "offload": dataclasses.asdict(config.offload) | {"lookup": bench.lookup},
+                "hardware": dataclasses.asdict(config.hardware),
+            },
         )
 
     def measure(self) -> dict[str, Any]:

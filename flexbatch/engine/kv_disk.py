@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from flexbatch.engine.kv_form import Parts
+from flexbatch.engine.kv_memory import move_columns
 from flexbatch.engine.kv_traffic import DiskBlocks, DiskTraffic
 from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS
@@ -20,9 +23,9 @@ class DiskSlots:
 
     def __init__(self, blocks: DiskBlocks, tails: Parts, traffic: DiskTraffic) -> None:
         self._blocks, self._tails, self._traffic = blocks, tails, traffic
-        # Of each slot the columns from `since` on to `next - 1` are in the tail, column c at c % TAIL_COLUMNS.
-        self._since: dict[int, int] = {}
-        self._next = 0
+        # The columns of each slot that are in the tail, column c at c % TAIL_COLUMNS.
+        self._newer: dict[int, range] = {}
+        self._at_once = 1  # tokens that a slot has got at once so far
         # The slot whose prompt enters in parts, and its block.
         self._entering: int | None = None
         self._room: AlignedBuffer | None = None
@@ -30,12 +33,18 @@ class DiskSlots:
 
     def write_column(self, column: int, new: Parts) -> None:
         """One new token of the slots 0 to rows - 1: `[rows, heads, ...]` into `column`."""
+        for slot in range(new[0].shape[0]):
+            self._grow(slot, range(column, column + 1))
         for tail, each in zip(self._tails, new, strict=True):
             tail[: each.shape[0], :, column % TAIL_COLUMNS] = each
-        # Live rows gain a token in every pass: others that have some in the tail are gone.
-        known = self._since if column == self._next else {}
-        self._since = {slot: known.get(slot, column) for slot in range(new[0].shape[0])}
-        self._next = column + 1
+
+    def write_columns(self, columns: torch.Tensor, new: Parts) -> None:
+        """New tokens of the slots 0 to rows - 1: `[rows, heads, width, ...]`, each into its column of `[rows, width]`;
+        a row's columns follow one another, and may be some that it has had before."""
+        for slot, (first, *others) in enumerate(columns.tolist()):
+            self._grow(slot, range(first, first + 1 + len(others)))
+            for tail, each in zip(self._tails, new, strict=True):
+                tail[slot, :, columns[slot].to(tail.device) % TAIL_COLUMNS] = each[slot]
 
     def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
         """The slots 0 to rows - 1 in these columns, some at a time, each until the next ones are asked for."""
@@ -43,7 +52,7 @@ class DiskSlots:
             for row, slot in enumerate(range(slots.start, slots.stop)):
                 mine = tuple(part[row] for part in parts)
                 self._add_newer(slot, mine)
-                if self._next - self._since.get(slot, self._next) == TAIL_COLUMNS:
+                if len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
                     self.store(slot, mine)
             yield slots, tuple(part[:, :, columns] for part in parts)
 
@@ -60,18 +69,20 @@ class DiskSlots:
         if self._entering is not None and self._entering != slot:
             self._put_entered(self._entering)
         self._entering = slot
-        self._since.pop(slot, None)
+        self._newer.pop(slot, None)
         for part, tokens in zip(self._entered(), new, strict=True):
             part[:, columns] = tokens
         return self._entered()
 
     def shift(self, by: Sequence[int]) -> None:
-        """Moves all columns of the first slots to the left by so many."""
+        """Moves all columns of the first slots to the left by so many (below 0: to the right)."""
         for slot, left in enumerate(by):
-            is_growing_in = slot == self._entering and slot not in self._since
+            if not left:
+                continue
+            is_growing_in = slot == self._entering and slot not in self._newer
             parts = self._entered() if is_growing_in else self.load(slot)
             for part in parts:
-                part[:, :-left] = part[:, left:].clone()
+                move_columns(part, left)
             if not is_growing_in:
                 self.store(slot, parts)
 
@@ -88,6 +99,17 @@ class DiskSlots:
             room.copy_(part)
         self._send(slot, block)
 
+    def _grow(self, slot: int, columns: range) -> None:
+        """These columns of the slot come into its tail, behind those that are there, or over the last ones."""
+        self._at_once = max(self._at_once, len(columns))
+        known = self._newer.get(slot, columns)
+        is_same_row = known.start <= columns.start <= known.stop
+        since = known.start if is_same_row else columns.start
+        if columns.stop - since > TAIL_COLUMNS:
+            self.store(slot, self.load(slot))
+            since = columns.start
+        self._newer[slot] = range(since, columns.stop)
+
     def _put_entered(self, slot: int) -> None:
         """The row that entered last goes to disk, with the tokens that it gained since."""
         block, parts = self._outgoing()
@@ -100,7 +122,7 @@ class DiskSlots:
         return block, self._blocks.layout.slot(block)
 
     def _send(self, slot: int, block: AlignedBuffer) -> None:
-        self._since.pop(slot, None)
+        self._newer.pop(slot, None)
         if self._entering == slot:
             self._entering = None
         self._traffic.send(self._blocks, slot, block)
@@ -115,9 +137,9 @@ class DiskSlots:
         if slot == self._entering:
             for part, entered in zip(parts, self._entered(), strict=True):
                 part.copy_(entered)
-        since = self._since.get(slot, self._next)
-        start = since % TAIL_COLUMNS
-        before = min(self._next - since, TAIL_COLUMNS - start)
+        newer = self._newer.get(slot, range(0))
+        start = newer.start % TAIL_COLUMNS
+        before = min(len(newer), TAIL_COLUMNS - start)
         for part, tail in zip(parts, self._tails, strict=True):
-            part[:, since : since + before] = tail[slot, :, start : start + before]
-            part[:, since + before : self._next] = tail[slot, :, : self._next - since - before]
+            part[:, newer.start : newer.start + before] = tail[slot, :, start : start + before]
+            part[:, newer.start + before : newer.stop] = tail[slot, :, : len(newer) - before]

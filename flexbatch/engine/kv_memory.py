@@ -23,6 +23,14 @@ class Relayout:
     target: slice
 
 
+def move_columns(part: torch.Tensor, left: int) -> None:
+    """Moves the columns of a slot's part `[heads, columns, ...]` to the left by so many (below 0: to the right)."""
+    if left > 0:
+        part[:, :-left] = part[:, left:].clone()
+    elif left < 0:
+        part[:, -left:] = part[:, :left].clone()
+
+
 @dataclass(frozen=True)
 class MemorySlots:
     """`parts` are those of keys, then of values, `[slots, heads, columns, ...]`, and lie at the beginning of `memory`,
@@ -79,10 +87,7 @@ class MemorySlots:
         so that the copy stays small."""
         for part in self.parts:
             for slot, left in zip(part, by, strict=False):
-                if left > 0:
-                    slot[:, :-left] = slot[:, left:].clone()
-                elif left < 0:
-                    slot[:, -left:] = slot[:, :left].clone()
+                move_columns(slot, left)
 
     def load(self, slot: int) -> Parts:
         """All columns of a slot `[heads, columns, ...]`."""

@@ -139,19 +139,16 @@ class LayerStore:
             segment.slots.write_column(column, tuple(new[outside, :, 0] for new in made))
 
     def write_columns(self, columns: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """New tokens of the slots 0 to rows - 1, all of which are in memory: `[rows, heads, width, head_dim]`, each
-        into its column of `[rows, width]`."""
+        """New tokens of the slots 0 to rows - 1: `[rows, heads, width, head_dim]`, each into its column of `[rows,
+        width]`."""
         made = self.pack(keys, values)
         for segment, outside in self._blocks(keys.shape[0]):
-            assert isinstance(segment.slots, MemorySlots)
             segment.slots.write_columns(columns[outside], tuple(new[outside] for new in made))
 
     @property
     def takes_guesses(self) -> bool:
-        """Whether rows may gain several tokens at a time: all slots are made and in memory, and what attention reads
-        answers more than one query a row."""
-        in_memory = all(isinstance(segment.slots, MemorySlots) for segment in self.segments)
-        return bool(self.segments) and in_memory and self.attended is not Attended.PACKED
+        """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
+        return self.attended is not Attended.PACKED
 
     def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
         """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""

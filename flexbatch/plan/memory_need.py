@@ -161,8 +161,8 @@ def most_rows(workload: Workload, policy: Policy) -> int:
 
 def guessed_tokens(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """How many guesses a pass may be fed with: where it can wait for weights, and rows are long enough to guess."""
-    is_streamed, in_memory = policy.weights.device < 1.0 - 1e-9, policy.kv.disk < 1e-9
-    suits = policy.guesses and spec.side_by_side and is_streamed and in_memory and policy.kv_bits == 16
+    is_streamed = policy.weights.device < 1.0 - 1e-9
+    suits = policy.guesses and spec.side_by_side and is_streamed and policy.kv_bits == 16
     return GUESSES * most_rows(workload, policy) if suits and workload.longest_new >= FEWEST_TO_GUESS else 0
 
 
@@ -295,8 +295,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
-    guesses = guessed_tokens(spec, workload, policy)
-    rows = most_rows(workload, policy) + guesses
+    rows = most_rows(workload, policy) + guessed_tokens(spec, workload, policy)
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + rows

@@ -42,6 +42,8 @@ class Stretch:
     decode_tokens: int
     waits: Mapping[str, float] = field(default_factory=dict)
     bytes_moved: Mapping[str, int] = field(default_factory=dict)
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
 
 class Timeline:
@@ -77,6 +79,8 @@ class Timeline:
         self._sums["passes"] += 1
         self._sums["prefill_tokens"] += result.prefill_tokens
         self._sums["decode_tokens"] += result.decode_tokens
+        self._sums["guessed_tokens"] += result.guessed_tokens
+        self._sums["right_tokens"] += result.right_tokens
         self._pass_seconds += result.seconds
         for cause, seconds in result.waits.items():
             self._waits[cause] = self._waits.get(cause, 0.0) + seconds
@@ -99,6 +103,8 @@ class Timeline:
             decode_tokens=self._sums["decode_tokens"],
             waits={cause: round(seconds, 4) for cause, seconds in self._waits.items()},
             bytes_moved=dict(self._bytes),
+            guessed_tokens=self._sums["guessed_tokens"],
+            right_tokens=self._sums["right_tokens"],
         )
         with contextlib.suppress(OSError), self._path.open("a") as file:
             file.write(json.dumps(asdict(stretch)) + "\n")
@@ -131,10 +137,17 @@ class Totals:
     decode_tokens: int
     waits: Mapping[str, float]
     bytes_moved: Mapping[str, int]
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         return self.decode_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_at_once(self) -> float:
+        """That a row has gained in a pass, on the average."""
+        return self.decode_tokens / max(1, self.decode_tokens - self.right_tokens)
 
     def shares(self) -> dict[str, float]:
         """Where the time went, as fractions of 1: computing, each wait, and what lies between passes."""
@@ -164,17 +177,24 @@ def totals(stretches: Sequence[Stretch]) -> Totals:
         decode_tokens=sum(stretch.decode_tokens for stretch in stretches),
         waits=waits,
         bytes_moved=dict(moved),
+        guessed_tokens=sum(stretch.guessed_tokens for stretch in stretches),
+        right_tokens=sum(stretch.right_tokens for stretch in stretches),
     )
 
 
 def totals_text(sums: Totals) -> str:
-    """Three lines for the end of a run."""
+    """A few lines for the end of a run."""
     shares = ", ".join(f"{what} {share:.0%}" for what, share in sums.shares().items() if share >= 0.005)
     traffic = traffic_text({link: count / max(sums.seconds, 1e-9) for link, count in sums.bytes_moved.items()})
+    guessed = [
+        f"Guessed  {sums.guessed_tokens:,} tokens, {sums.right_tokens:,} of them right: a row gained "
+        f"{sums.tokens_at_once:.2f} tokens a pass"
+    ]
     return "\n".join(
         [
             f"Did      {sums.decode_tokens:,} tokens generated and {sums.prefill_tokens:,} prompt tokens read in "
             f"{duration_text(sums.seconds)}: {rate_text(sums.tokens_per_second)} tokens/s over {sums.passes:,} passes",
+            *(guessed if sums.guessed_tokens else []),
             f"Time     {shares or 'none'}",
             f"Moved    {traffic or 'nothing'}",
         ]

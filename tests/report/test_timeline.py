@@ -27,6 +27,8 @@ def one_pass(seconds: float = 0.1) -> PassResult:
         rows_in_flight=4,
         prefill_tokens=100,
         decode_tokens=4,
+        guessed_tokens=6,
+        right_tokens=2,
         waits={"weights": seconds / 4},
         bytes_moved={"disk>device": 1000},
     )
@@ -51,6 +53,7 @@ def test_every_pass_is_in_exactly_one_stretch(folder: Path, passes: int) -> None
     sums = totals(read_timeline(folder))
     assert sums.passes == passes
     assert sums.decode_tokens == 4 * passes
+    assert (sums.guessed_tokens, sums.right_tokens) == (6 * passes, 2 * passes)
     assert sums.bytes_moved == {"disk>device": 1000 * passes}
     assert sums.seconds == pytest.approx(0.1 * passes, rel=1e-3)
 
@@ -85,6 +88,14 @@ def test_shares_of_time_make_one() -> None:
     assert shares == pytest.approx(
         {"computing": 0.5, "waiting for weights": 0.3, "waiting for kv": 0.1, "between passes": 0.1}
     )
+
+
+def test_the_summary_says_what_guesses_brought(folder: Path) -> None:
+    run(folder, Clock(), 3)
+    assert "Guessed  18 tokens, 6 of them right: a row gained 2.00 tokens a pass" in totals_text(
+        totals(read_timeline(folder))
+    )
+    assert "Guessed" not in totals_text(totals([Stretch(1, 0.0, 10.0, 9.0, 3, 5, 2, 100, 50)]))
 
 
 def test_an_empty_run_divides_by_nothing(folder: Path) -> None:
