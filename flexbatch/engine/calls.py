@@ -28,7 +28,7 @@ from flexbatch.engine.cache_layers import (
 )
 from flexbatch.engine.carried_keys import Stretch
 from flexbatch.engine.causal_mask import visible
-from flexbatch.engine.head import Read, Reader, SlicedHead
+from flexbatch.engine.head import Asked, Read, Reader, SlicedHead
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.layer_store import LayerStore
 from flexbatch.engine.model import SteppedModel
@@ -71,6 +71,8 @@ class Piece(Generic[Read]):
     layers: Sequence[CacheLayerMixin]
     kept: int
     reader: Reader[Read] | None
+    most_logits: int = 0
+    """How many positions' logits are made at once side by side (0: as many as always)."""
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ class Caller:
     arena: KVArena
     device: torch.device
     host_attention: bool = False
+    logits_of_guesses: int = 0
 
     @cached_property
     def head(self) -> SlicedHead:
@@ -137,7 +140,10 @@ class Caller:
         }
         read = self.head.read_pieces(
             inputs,
-            [(span, len(piece.ids), piece.kept, piece.reader) for span, piece in zip(spans, pieces, strict=True)],
+            [
+                Asked(span, len(piece.ids), piece.kept, piece.reader, piece.most_logits)
+                for span, piece in zip(spans, pieces, strict=True)
+            ],
         )
         self._check_attended(pieces)
         return read
@@ -165,7 +171,9 @@ class Caller:
         shared = [(prefix, torch.tensor(members, device=self.device)) for prefix, members in _members(rows)]
         layers = [self._decode_layer(layer, len(rows), places, written, shared) for layer in self.arena.layers]
         ids, positions, mask = (each.to(self.device) for each in (ids, torch.tensor(fed), seen.long()))
-        return Piece(ids, positions, mask, True, layers, width, reader)
+        return Piece(
+            ids, positions, mask, True, layers, width, reader, most_logits=self.logits_of_guesses if width > 1 else 0
+        )
 
     def _decode_layer(
         self,

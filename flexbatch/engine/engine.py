@@ -76,10 +76,11 @@ class Engine:
         prompts_bytes: int = 0,
         most_slots: int = 0,
         guess_room: int = 0,
+        logits_of_guesses: int = 0,
     ) -> None:
         self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
-        self._caller = Caller(stepped, arena, storage.device, host_attention)
+        self._caller = Caller(stepped, arena, storage.device, host_attention, logits_of_guesses)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width

@@ -36,11 +36,25 @@ class _Decoded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What is read of one of several calls side by side: a `span` of the one row's tokens, really `rows` rows, of which
+    the last `kept` positions are read by `reader` (None: by nobody), the logits of up to `most` positions at once (0:
+    `logits_at_once`)."""
+
+    span: slice
+    rows: int
+    kept: int
+    reader: Reader[Any] | None
+    most: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
     """Some of what the `reader` of one of several pieces reads: `part` of its rows and kept positions, their ids
-    `[rows, positions]` and hidden states `[rows, positions, size]`."""
+    `[rows, positions]` and hidden states `[rows, positions, size]`. Logits of `most` positions are made at once."""
 
     piece: int
+    most: int
     part: tuple[slice, slice]
     ids: torch.Tensor
     hidden: torch.Tensor
@@ -71,36 +85,32 @@ class SlicedHead:
         output = self._decoded(inputs)
         return self._read(inputs["input_ids"], output, output[0][:, -logits_to_keep:], reader)
 
-    def read_pieces(
-        self, inputs: dict[str, Any], pieces: Sequence[tuple[slice, int, int, Reader[Any] | None]]
-    ) -> list[list[Any]]:
-        """The same for calls side by side: each is a span of the one row's tokens, really so many rows, of which the
-        last so many positions are read, by its own reader (None: by nobody). What fits into one slice goes through the
-        head together, because the head's matrix is the largest of all."""
+    def read_pieces(self, inputs: dict[str, Any], pieces: Sequence[Asked]) -> list[list[Any]]:
+        """The same for calls side by side. What fits into one slice goes through the head together, because the head's
+        matrix is the largest of all."""
         output, made = self._decoded(inputs), [list[Any]() for _ in pieces]
         blocks = list(self._blocks(inputs["input_ids"][0], output[0][0], pieces))
-        for run in _runs(blocks, logits_at_once(self._vocabulary)):
+        for run in _runs(blocks):
             ids, hidden = torch.cat([block.ids for block in run]), torch.cat([block.hidden for block in run])
             logits = self._logits(ids, output, hidden).float()
             for block, own in zip(run, torch.split(logits, [len(block.ids) for block in run]), strict=True):
                 made[block.piece].append(block.reader(own, *block.part))
         if not blocks:
-            last = pieces[-1][0].stop - 1
+            last = pieces[-1].span.stop - 1
             here = slice(last, last + 1)
             # Every call comes by the head, where others wait for it.
             self._logits(inputs["input_ids"][:, here], output, output[0][:, here])
         return made
 
-    def _blocks(
-        self, ids: torch.Tensor, hidden: torch.Tensor, pieces: Sequence[tuple[slice, int, int, Reader[Any] | None]]
-    ) -> Iterator[_Block]:
+    def _blocks(self, ids: torch.Tensor, hidden: torch.Tensor, pieces: Sequence[Asked]) -> Iterator[_Block]:
         """What is read of pieces whose `ids` `[tokens]` and `hidden` states `[tokens, size]` lie side by side."""
-        for index, (span, rows, kept, reader) in enumerate(pieces):
-            if reader is not None:
-                own_ids = ids[span].view(rows, -1)[:, -kept:]
-                own_hidden = hidden[span].view(rows, -1, hidden.shape[1])[:, -kept:]
-                for part in slices(rows, kept, logits_at_once(self._vocabulary)):
-                    yield _Block(index, part, own_ids[part], own_hidden[part], reader)
+        for index, piece in enumerate(pieces):
+            if piece.reader is not None:
+                rows, kept, most = piece.rows, piece.kept, piece.most or logits_at_once(self._vocabulary)
+                own_ids = ids[piece.span].view(rows, -1)[:, -kept:]
+                own_hidden = hidden[piece.span].view(rows, -1, hidden.shape[1])[:, -kept:]
+                for part in slices(rows, kept, most):
+                    yield _Block(index, most, part, own_ids[part], own_hidden[part], piece.reader)
 
     def _read(self, ids: torch.Tensor, output: Any, hidden: torch.Tensor, reader: Reader[Read]) -> list[Read]:
         return [
@@ -128,11 +138,12 @@ class SlicedHead:
             _given.reset(given)
 
 
-def _runs(blocks: Sequence[_Block], most: int) -> Iterator[list[_Block]]:
-    """Neighbours with as many positions in a row, together as long as they make no more than `most` logits' rows."""
+def _runs(blocks: Sequence[_Block]) -> Iterator[list[_Block]]:
+    """Neighbours with as many positions in a row, together as long as each allows the logits of all."""
     run: list[_Block] = []
     for block in blocks:
         rows, positions = sum(len(each.ids) for each in run) + len(block.ids), block.ids.shape[1]
+        most = min(block.most, *(each.most for each in run)) if run else block.most
         if run and (run[0].ids.shape[1] != positions or rows * positions > most):
             yield run
             run = []

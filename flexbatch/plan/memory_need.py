@@ -44,8 +44,9 @@ def logits_at_once(vocab_size: int) -> int:
 
 # Guesses that every row in flight may have in a pass (fewer rows may have more), if it may say so many tokens; and by
 # how much prompts may come faster where guesses are right.
-GUESSES = 2
+GUESSES = 4
 FEWEST_TO_GUESS = 8
+FEWEST_LOGITS = 32  # at once, of rows with guesses: each time all of the head's matrix is read
 MOST_PACE = 1.5
 
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
@@ -311,7 +312,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
         inner += 2 * spec.intermediate_size
     attended = policy.slots * span(workload)
     waiting = (tokens + rows) * spec.hidden_size * size
-    logits = min(rows + joining, logits_at_once(spec.vocab_size)) * spec.vocab_size * (size + 4)
+    logits = _logits(spec, workload, policy, joining) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
         Need("activations", Tier.DEVICE, at_once * inner + attended * 8),
@@ -320,6 +321,16 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
         Need("hidden states", Tier.HOST, math.ceil(waiting * share.host)),
         Need("hidden states", Tier.DISK, math.ceil(waiting * share.disk)),
     ]
+
+
+def logits_of_guesses(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+    """How many positions' logits are made at once of rows with guesses."""
+    return _logits(spec, workload, policy, _joining(spec, workload, policy)[0])
+
+
+def _logits(spec: ModelSpec, workload: Workload, policy: Policy, joining: int) -> int:
+    fewest = FEWEST_LOGITS if guessed_tokens(spec, workload, policy) else 1
+    return min(max(most_rows(workload, policy) + joining, fewest), logits_at_once(spec.vocab_size))
 
 
 def _joining(spec: ModelSpec, workload: Workload, policy: Policy) -> tuple[int, int]:
