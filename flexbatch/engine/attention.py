@@ -28,6 +28,7 @@ from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.kernels.vectors import multiplies_tiles
 
 NAME = "flexbatch_merging"
+EVENED_BYTES = 16 << 20
 FEWEST_QUERIES = 9
 """For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
 
@@ -104,7 +105,7 @@ def _attend_rows(
     if starts is not None and _is_many(query, key, value) and (shared := _one_prefix(carried, key, value)):
         output, _ = prefill_attention.prefill_attention(query, shared, (key, value), starts, scale)
         return output.transpose(1, 2).contiguous()
-    if not carried and not is_slow_alone(query):
+    if not carried and not is_slow_alone(query) and not (mask is not None and _are_few(query)):
         key, value, mask = even_keys(query, key, value, mask, query.shape[2] > 1)
         result: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
         return result
@@ -182,25 +183,59 @@ def attend_own(
     groups = query.shape[1] // keys.shape[1]
     own = query[part.rows].to(keys.device)
     own_mask = None if mask is None else mask[part.rows].to(keys.device)
-    if query.shape[2] == 1:
+    rows, heads, tokens, size = own.shape
+    if isinstance(part, PackedKeys) and tokens > 1:
+        raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
+    if tokens == 1 or (own_mask is not None and groups > 1 and _are_few(own)):
         # The heads of a group are as many queries to the same keys: those need not be repeated.
-        rows, heads, _, size = own.shape
-        folded = own.reshape(rows, -1, groups, size)
+        folded = own.reshape(rows, -1, groups * tokens, size)
+        if own_mask is not None and tokens > 1:
+            own_mask = own_mask.repeat(1, 1, groups, 1)
         if isinstance(part, PackedKeys):
             output, weight = packed_attention(folded, part.keys, part.values, own_mask, scale)
         else:
             output, weight = attend(folded, part.keys, part.values, own_mask, scale, causal=False)
-        output, weight = output.reshape(rows, heads, 1, -1), weight.reshape(rows, heads, 1)
-    elif isinstance(part, PackedKeys):
-        raise EngineError(f"Packed keys are asked for {query.shape[2]} queries a row; they answer one.")
+        output, weight = output.reshape(rows, heads, tokens, -1), weight.reshape(rows, heads, tokens)
     else:
+        assert isinstance(part, OwnKeys)
         output, weight = attend(own, repeat_kv(part.keys, groups), repeat_kv(part.values, groups), own_mask, scale)
     return output.to(query.device), weight.to(query.device)
+
+
+def _are_few(query: torch.Tensor) -> bool:
+    """Whether there are several queries a row, but so few that nothing may be made of all their keys."""
+    return 1 < query.shape[2] < FEWEST_QUERIES
 
 
 def is_slow_alone(query: torch.Tensor) -> bool:
     """Whether torch's own function is slow for it: one query in half precision on a CPU (docs/benchmarks.md)."""
     return query.shape[2] == 1 and query.device.type == "cpu" and query.dtype != torch.float32
+
+
+def _attend_in_turn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's attention and its log-sum-exp; some rows after the other where all their keys had to be copied."""
+    rows = max(1, EVENED_BYTES // (key[0].nbytes + value[0].nbytes)) if _missing(query, key) else len(key)
+    made = []
+    for first in range(0, len(query), rows):
+        part = slice(first, first + rows)
+        own = mask if mask is None or len(mask) == 1 else mask[part]
+        even = even_keys(query[part], key[part], value[part], own, causal)
+        made.append(
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[part], even[0], even[1], 0.0, causal, attn_mask=even[2], scale=scale
+            )
+        )
+    if len(made) == 1:
+        return made[0][0], made[0][1]
+    return torch.cat([output for output, _ in made]), torch.cat([weight for _, weight in made])
+
+
+def _missing(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Columns by which keys fall short of what the products of bfloat16 on AMX are fast for."""
+    suits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and multiplies_tiles()
+    return -key.shape[2] % EVEN_KEYS if suits else 0
 
 
 def even_keys(
@@ -209,8 +244,8 @@ def even_keys(
     """Keys, values and mask with so many more columns, which nothing sees, that products of bfloat16 on AMX take
     the fast way: with 273 they take three times as long as with 288 (docs/benchmarks.md). Without a mask the queries
     see causally, from the first key on, or all keys."""
-    missing = -key.shape[2] % EVEN_KEYS
-    if not missing or query.device.type != "cpu" or query.dtype != torch.bfloat16 or not multiplies_tiles():
+    missing = _missing(query, key)
+    if not missing:
         return key, value, mask
     if mask is None and not causal:
         mask = query.new_zeros(1, 1, 1, key.shape[2])
@@ -270,11 +305,7 @@ def attend(
             # From two queries on the kernel multiplies matrices: twice the work, less than half the time.
             twice = attend(query.expand(-1, -1, 2, -1), key, value, mask, scale, causal=False)
             return twice[0][:, :, :1], twice[1][:, :, :1]
-        key, value, mask = even_keys(query, key, value, mask, causal)
-        output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return output, weight
+        return _attend_in_turn(query, key, value, mask, scale, causal)
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scale
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

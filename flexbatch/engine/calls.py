@@ -61,8 +61,9 @@ class DecodeRow:
 @dataclass(frozen=True)
 class Piece(Generic[Read]):
     """One call of the model, not yet made: tokens and positions `[rows, tokens]`, the padding mask `[rows, columns]`
-    (1: may be seen; by which tokens, `[rows, tokens, columns]` may say side by side), a cache layer for each decoder
-    layer, and who reads the logits of the last `kept` positions (None: it is only for what it leaves in the cache)."""
+    (1: may be seen; side by side, bool `[rows, tokens, columns]` may say by which tokens), a cache layer for each
+    decoder layer, and who reads the logits of the last `kept` positions (None: it is only for what it leaves in the
+    cache)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -157,7 +158,8 @@ class Caller:
         """The next tokens of the slots 0 to rows - 1: one of each row, and one for each of its guesses that is right.
         Where there are guesses or lags, all pieces must go side by side."""
         lengths, lags = [row.length for row in rows], [row.lag for row in rows]
-        places = decode_places(self.arena.end, lengths, lags, width=max(len(row.tokens) for row in rows))
+        most = max(len(row.tokens) for row in rows)
+        places = decode_places(self.arena.end, lengths, lags, most, self.arena.columns)
         width = places.width
         ids = torch.tensor([[*row.tokens, *row.tokens[-1:] * (width - len(row.tokens))] for row in rows])
         fed = [[row.before + min(place, len(row.tokens) - 1) for place in range(width)] for row in rows]
@@ -165,12 +167,14 @@ class Caller:
         newest = torch.tensor(places.newest)[:, None]
         seen = columns[None] >= newest - torch.tensor(lengths)[:, None]
         written = None
-        if not places.are_even:
+        if places.are_even:
+            seen = seen.long()
+        else:
             written = newest + torch.arange(width)
             seen = seen[:, None] & (columns <= written[..., None])
         shared = [(prefix, torch.tensor(members, device=self.device)) for prefix, members in _members(rows)]
         layers = [self._decode_layer(layer, len(rows), places, written, shared) for layer in self.arena.layers]
-        ids, positions, mask = (each.to(self.device) for each in (ids, torch.tensor(fed), seen.long()))
+        ids, positions, mask = (each.to(self.device) for each in (ids, torch.tensor(fed), seen))
         return Piece(
             ids, positions, mask, True, layers, width, reader, most_logits=self.logits_of_guesses if width > 1 else 0
         )

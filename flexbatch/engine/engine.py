@@ -6,6 +6,7 @@ for the next pass. Compute and weight traffic overlap evenly on every pass, so a
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from flexbatch.engine.calls import Caller, DecodeRow, Piece
 from flexbatch.engine.growing import ConstraintState, GrowingRow, Vocabulary, finish
-from flexbatch.engine.guessing import Guesses
+from flexbatch.engine.guessing import LEAST_GAIN, LEAST_GAIN_ON_DISK, Guesses
 from flexbatch.engine.head import Reader
 from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
@@ -77,6 +78,7 @@ class Engine:
         most_slots: int = 0,
         guess_room: int = 0,
         logits_of_guesses: int = 0,
+        token_seconds: float = 0.0,
     ) -> None:
         self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
@@ -87,7 +89,7 @@ class Engine:
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots = RowSlots(arena, most_slots)
-        self._guesses = Guesses(guess_room if self._side_by_side else 0, max(most_slots, arena.slots))
+        self._guesses = Guesses(guess_room if self._side_by_side else 0, max(most_slots, arena.slots), token_seconds)
         self._prefill_tokens = prefill_tokens
         self._waiting: deque[GrowingRow] = deque()
         self._all_came = False
@@ -105,7 +107,7 @@ class Engine:
                 self._one_pass(this)
             after, seconds = self._statistics(), time.perf_counter() - started
             waits = {cause: each.wait_seconds - before[cause].wait_seconds for cause, each in after.items()}
-            self._guesses.learn(this.decoded, seconds, sum(waits.values()), this.prefill_tokens + len(this.decoded))
+            self._guesses.learn(this.decoded, seconds, waits["weights"], this.prefill_tokens + len(this.decoded))
             yield PassResult(
                 completions=tuple(this.completions),
                 new_tokens={gain.row.request.index: tuple(gain.row.tokens[-gain.tokens :]) for gain in this.gains},
@@ -171,12 +173,14 @@ class Engine:
     def _one_pass(self, this: _Pass) -> None:
         self._slots.lay_out(self._entering, filter(keeps_growing, self._waiting), self._most_columns)
         self._arena.advance(1)
-        this.guessed_tokens = self._guesses.draw_up(self._slots.live if self._arena.takes_guesses else [])
+        if self._arena.takes_guesses:
+            self._guesses.draw_up(self._slots.live, LEAST_GAIN_ON_DISK if self._arena.is_on_disk else LEAST_GAIN)
         self._slots.reserve(0, self._entering)
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})
         if self._all_came and not (self._waiting or parts or joining):
             self._use_free_slots()
+        this.guessed_tokens = self._guesses.feed(self._slots.up_to_last)
         decoding = self._decoding()
         pieces: list[Piece[Any]] = [decoding] if decoding is not None else []
         pieces += [self._caller.compute(prefix) for prefix in new_prefixes]
@@ -276,7 +280,7 @@ class Engine:
         if more:
             self._heap.lend(self._lent)
         left = max(row.request.sampling.max_new_tokens - len(row.tokens) for row in self._slots.live)
-        self._weights.keep(self._slots.cut() + more, left)
+        self._weights.keep(self._slots.cut() + more, math.ceil(left / self._guesses.pace))
 
     def _begin(self) -> None:
         """What the end of the last run gave up is taken again."""
@@ -293,7 +297,7 @@ class Engine:
         if not slots:
             return None
         rows = [
-            DecodeRow((row.tokens[-1], *row.draft.tokens), row.arena_length, row.lag, row.kept_apart)
+            DecodeRow((row.tokens[-1], *row.guesses), row.arena_length, row.lag, row.kept_apart)
             if row is not None
             else DecodeRow()
             for row in slots

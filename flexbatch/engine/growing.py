@@ -47,8 +47,8 @@ class ConstraintState(Protocol):
 
 @dataclass
 class GrowingRow:
-    """A request in a slot. `tokens` includes what earlier attempts generated. `draft` is what is guessed to come next,
-    and `lag` by how many columns its newest token is before that of the row that is ahead of all others."""
+    """A request in a slot. `tokens` includes what earlier attempts generated. `draft` is what may come next, `guesses`
+    what the next pass is fed of it, and `lag` by how many columns the newest token is before the arena's end."""
 
     request: Request
     tokens: list[int]
@@ -56,6 +56,7 @@ class GrowingRow:
     constraint: ConstraintState | None = None
     kept_apart: Prefix | None = None
     draft: Draft = Draft()
+    guesses: tuple[int, ...] = ()
     lag: int = 0
 
     @property

@@ -6,58 +6,75 @@ that is what a pass waits for there are none. So their number follows from what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from flexbatch.engine.growing import GrowingRow
-from flexbatch.engine.lookup import Acceptance, Draft, Remembered, draft
+from flexbatch.engine.lookup import MEMORY, Acceptance, Draft, Remembered, draft
 from flexbatch.engine.reading import Gain
-from flexbatch.plan.memory_need import MOST_PACE
+from flexbatch.plan.rows_in_flight import MOST_PACE
 
 MOST_GUESSES = 7
 """A row's in a pass: attention's kernel for prompts begins at nine queries, which see their keys in another way."""
 
 LEAST_GAIN = 0.05  # tokens a row, that its next guess must promise
+LEAST_GAIN_ON_DISK = 0.25  # the more columns a pass takes, the sooner all rows are moved
 USED = 0.9  # of the time that was waited, what guesses may take
 PACE_MEMORY = 0.9  # how much the passes before count
+FORGOTTEN = 1.05  # what a token takes may grow so much from pass to pass
 
 
 class Guesses:
-    """What the rows of a pass guess. `room` is how many guesses may be fed at once beside `rows` rows (0: none)."""
+    """What the rows of a pass guess. `room` is how many guesses may be fed at once beside `rows` rows (0: none). A
+    token takes `token_seconds` of arithmetic at least."""
 
-    def __init__(self, room: int, rows: int) -> None:
+    def __init__(self, room: int, rows: int, token_seconds: float = 0.0) -> None:
         self._room, self._rows = room, rows
+        self._least_seconds = token_seconds
         self._acceptance, self._said = Acceptance(), Remembered()
         self._fed = 0
         self._affordable = 0.0  # guesses that there was time for in the last pass
-        self._token_seconds = 0.0  # of arithmetic
+        self._token_seconds = math.inf
         self._pace = 1.0
 
-    def draw_up(self, rows: Sequence[GrowingRow]) -> int:
-        """Gives each row its draft for the next pass; returns how many tokens these are."""
+    def draw_up(self, rows: Sequence[GrowingRow], least_gain: float = LEAST_GAIN) -> None:
+        """Gives each row what it guesses in the next pass."""
         most = min(MOST_GUESSES, int(self._affordable / len(rows)), self._most(len(rows))) if rows else 0
-        drafts = [_within(row, draft(row.all_tokens, self._said.tokens)) if most else Draft() for row in rows]
-        shares = [self._acceptance.share(each.matched) if each.tokens else 0.0 for each in drafts]
-        width = worthwhile(shares, [len(each.tokens) for each in drafts], most)
-        for row, each in zip(rows, drafts, strict=True):
-            row.draft = replace(each, tokens=each.tokens[:width])
-        self._fed = width * len(rows)  # whoever guesses less is filled up
-        return sum(len(row.draft.tokens) for row in rows)
+        for row in rows:
+            row.draft = _within(row, draft(row.all_tokens, self._said.tokens)) if most else Draft()
+        shares = [self._acceptance.share(row.draft.matched) if row.draft.tokens else 0.0 for row in rows]
+        width = worthwhile(shares, [len(row.draft.tokens) for row in rows], most, least_gain)
+        for row in rows:
+            row.guesses = row.draft.tokens[:width]
 
-    def learn(self, gains: Iterable[Gain], seconds: float, waited: float, tokens: int) -> None:
-        """From a pass of so many `seconds` with `tokens` that were no guesses: `gains` are those of rows that were in
-        slots before it."""
-        rows = gained = 0
+    def feed(self, batch: Sequence[GrowingRow | None]) -> int:
+        """Says how many guesses the decode batch is fed with, after cutting them to what there is room for: its empty
+        slots, and rows that guess less than others, take as much."""
+        rows = [row for row in batch if row is not None]
+        most = self._most(len(batch)) if batch else 0
+        for row in rows:
+            row.guesses = row.guesses[:most]
+        self._fed = len(batch) * max((len(row.guesses) for row in rows), default=0)
+        return sum(len(row.guesses) for row in rows)
+
+    def learn(self, gains: Sequence[Gain], seconds: float, waited: float, tokens: int) -> None:
+        """From a pass of so many `seconds`, `waited` of them for weights, with `tokens` that were no guesses: `gains`
+        are those of rows that were in slots before it."""
+        memory = MEMORY ** (1 / max(1, len(gains)))
         for gain in gains:
-            rows, gained = rows + 1, gained + gain.tokens
-            self._acceptance.learn(gain.row.draft, gain.row.tokens[-gain.tokens :])
-        if rows:
-            self._pace = PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * gained / rows
-        if tokens:
-            busy = (seconds - waited) / (tokens + self._fed)
+            self._acceptance.learn(gain.row.draft, gain.row.tokens[-gain.tokens :], memory)
+        if gains:
+            mean = sum(gain.tokens for gain in gains) / len(gains)
+            self._pace = PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * mean
+        fed = tokens + self._fed
+        if fed:
             # What a pass takes whatever is in it counts least where there are many tokens.
-            self._token_seconds = min(self._token_seconds or busy, busy) * (1 + (1 - PACE_MEMORY) / 2)
-        self._affordable = affordable(self._fed, waited, self._token_seconds)
+            busy = max(self._least_seconds, (seconds - waited) / fed)
+            self._token_seconds = min(self._token_seconds * FORGOTTEN, busy)
+        # Where an accelerator computes, the time that its work takes is waited for as well.
+        idle = min(waited, seconds - fed * self._least_seconds)
+        self._affordable = affordable(self._fed, max(0.0, idle), self._token_seconds)
 
     @property
     def pace(self) -> float:
@@ -72,20 +89,20 @@ class Guesses:
 
     def _most(self, rows: int) -> int:
         """Guesses of each of so many rows that there is room for."""
-        return (self._room + max(0, self._rows - rows)) // rows if self._room else 0
+        return max(0, self._room + self._rows - rows) // rows if self._room else 0
 
 
 def affordable(fed: int, waited: float, token_seconds: float) -> float:
     """How many guesses there was time for in a pass that was fed with some and still waited for weights."""
-    return USED * (fed + waited / token_seconds) if token_seconds > 0 else 0.0
+    return USED * (fed + waited / token_seconds) if 0 < token_seconds < math.inf else 0.0
 
 
-def worthwhile(shares: Sequence[float], lengths: Sequence[int], most: int) -> int:
-    """How many guesses to feed for each row, at most `most`: as long as one more brings `LEAST_GAIN` tokens a row.
+def worthwhile(shares: Sequence[float], lengths: Sequence[int], most: int, least_gain: float = LEAST_GAIN) -> int:
+    """How many guesses to feed for each row, at most `most`: as long as one more brings `least_gain` tokens a row.
     Those of row r are `lengths[r]`, each right with probability `shares[r]` if those before it were."""
     for count in range(1, most + 1):
         gain = sum(share**count for share, length in zip(shares, lengths, strict=True) if length >= count)
-        if gain < LEAST_GAIN * len(shares):
+        if gain < least_gain * len(shares):
             return count - 1
     return most
 

@@ -21,7 +21,7 @@ from flexbatch.plan.slot_layout import SlotLayout
 
 
 class KVArena:
-    """All layers' stores, and the column `end` of the newest token of any live row.
+    """All layers' stores, and the column `end` behind which no live row has a token.
 
     `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts,
     `bits` 16 (as the model made them), 8 or 4.
@@ -75,6 +75,11 @@ class KVArena:
     def takes_guesses(self) -> bool:
         """Whether rows may gain several tokens at a time."""
         return all(layer.takes_guesses for layer in self.layers)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether some slots are, so that moving columns is as dear as a pass."""
+        return any(layer.is_on_disk for layer in self.layers)
 
     @property
     def layout(self) -> SlotLayout:

@@ -43,8 +43,9 @@ class DiskSlots:
         a row's columns follow one another, and may be some that it has had before."""
         for slot, (first, *others) in enumerate(columns.tolist()):
             self._grow(slot, range(first, first + 1 + len(others)))
-            for tail, each in zip(self._tails, new, strict=True):
-                tail[slot, :, columns[slot].to(tail.device) % TAIL_COLUMNS] = each[slot]
+        for tail, each in zip(self._tails, new, strict=True):
+            slots = torch.arange(len(columns), device=tail.device)[:, None]
+            tail[slots, :, columns.to(tail.device) % TAIL_COLUMNS] = each.transpose(1, 2).to(tail.device)
 
     def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
         """The slots 0 to rows - 1 in these columns, some at a time, each until the next ones are asked for."""

@@ -66,7 +66,7 @@ class MemorySlots:
         width]`."""
         for part, tokens in zip(self.parts, new, strict=True):
             slots = torch.arange(len(columns), device=part.device)[:, None]
-            part[slots, :, columns.to(part.device)] = tokens.transpose(1, 2)
+            part[slots, :, columns.to(part.device)] = tokens.transpose(1, 2).to(part.device)
 
     def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
         """The slots 0 to rows - 1 in these columns, some at a time: here all at once."""

@@ -146,6 +146,10 @@ class LayerStore:
             segment.slots.write_columns(columns[outside], tuple(new[outside] for new in made))
 
     @property
+    def is_on_disk(self) -> bool:
+        return any(segment.tier is Tier.DISK for segment in self.segments)
+
+    @property
     def takes_guesses(self) -> bool:
         """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
         return self.attended is not Attended.PACKED

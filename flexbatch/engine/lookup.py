@@ -94,15 +94,16 @@ class Acceptance:
         right, wrong = self._right[matched] + PRIOR, self._wrong[matched] + PRIOR
         return right / (right + wrong)
 
-    def learn(self, draft: Draft, came: Sequence[int]) -> None:
-        """`came` is what the model said, one token or more; a guess that was not fed teaches too, by its first."""
-        if not draft.matched:
+    def learn(self, draft: Draft, came: Sequence[int], memory: float = MEMORY) -> None:
+        """`came` is what the model said, one token or more; a guess that was not fed teaches too, by its first. Of what
+        was seen before `memory` stays."""
+        if not draft.tokens:
             return
         right = agreeing(draft.tokens, came)
         compared = min(len(draft.tokens), len(came))
         place = draft.matched
-        self._right[place] = self._right[place] * MEMORY + right
-        self._wrong[place] = self._wrong[place] * MEMORY + (right < compared)
+        self._right[place] = self._right[place] * memory + right
+        self._wrong[place] = self._wrong[place] * memory + (right < compared)
 
 
 def agreeing(guessed: Sequence[int], said: Sequence[int]) -> int:

@@ -80,8 +80,8 @@ class EngineOptions:
     used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
     only where prompts are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
     has slots), and `guess_room` for how many guesses of theirs in a pass (0: none are made), with the logits of
-    `logits_of_guesses` positions at once (0: of all). `on_packing` is told how many bytes of a packed file's sources
-    are done, and of how many."""
+    `logits_of_guesses` positions at once (0: of all); a token takes `token_seconds` at least. `on_packing` is told how
+    many bytes of a packed file's sources are done, and of how many."""
 
     span: int
     dtype: torch.dtype
@@ -93,6 +93,7 @@ class EngineOptions:
     most_slots: int = 0
     guess_room: int = 0
     logits_of_guesses: int = 0
+    token_seconds: float = 0.0
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -162,6 +163,7 @@ def open_engine(
         most_slots=options.most_slots,
         guess_room=options.guess_room,
         logits_of_guesses=options.logits_of_guesses,
+        token_seconds=options.token_seconds,
     )
 
 

@@ -30,7 +30,7 @@ def grow(
     rows: Sequence[GrowingRow | None], vocabulary: Vocabulary, logits: torch.Tensor, part: slice, _positions: slice
 ) -> list[Gain]:
     """Those of `rows` that are in `part` and there get their next tokens, from its logits, float32 `[part, places,
-    vocabulary]`, which may be changed: one token each, and another for each guess of its draft that turns out right."""
+    vocabulary]`, which may be changed: one token each, and another for each of its guesses that turns out right."""
     asking = [(index, row) for index, row in enumerate(rows[part]) if row is not None]
     gains: dict[int, Gain] = {}
     for place in range(logits.shape[1]):
@@ -43,7 +43,7 @@ def grow(
             row.add(token, logprob if row.request.sampling.logprobs else None)
             done = finish(row, vocabulary)
             gains[index] = Gain(row, place + 1, done)
-            if done is None and row.draft.tokens[place : place + 1] == (token,):
+            if done is None and row.guesses[place : place + 1] == (token,):
                 right.append((index, row))
         asking = right
     return [gains[index] for index in sorted(gains)]

@@ -83,7 +83,7 @@ class RowSlots:
     def reserve(self, ahead: int, entering: Entering | None) -> None:
         """Sees to it that the arena has columns up to so many (less than its slack) after its end, and for the rows'
         guesses."""
-        most = max([ahead, *(len(row.draft.tokens) for row in self.live)])
+        most = max([ahead, *(len(row.guesses) for row in self.live)])
         if self._arena.reserve(most, self._lags(entering)):
             self._are_aligned(entering)
 
@@ -93,7 +93,7 @@ class RowSlots:
         rows = self._in_flight(entering)
         for row in rows:
             row.lag -= gained.get(row.request.index, 1) - 1
-        ahead = max([0, *(-row.lag for row in rows)])
+        ahead = max((-row.lag for row in rows), default=0)
         for row in rows:
             row.lag += ahead
         self._arena.advance(ahead)

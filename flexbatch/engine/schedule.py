@@ -69,11 +69,13 @@ class DecodePlaces:
         return self.width == 1 and set(self.newest) == {self.end}
 
 
-def decode_places(end: int, lengths: Sequence[int], lags: Sequence[int], width: int) -> DecodePlaces:
-    """For rows of these cached lengths; the next token of those that do not lag goes to `end`."""
+def decode_places(end: int, lengths: Sequence[int], lags: Sequence[int], width: int, columns: int) -> DecodePlaces:
+    """For rows of these cached lengths in an arena of so many columns; the next token of those that do not lag goes to
+    `end`."""
     newest = tuple(end - lag for lag in lags)
     first = min(column - length for column, length in zip(newest, lengths, strict=True))
     last = max(newest) + width - 1
     if width > 1:
         first -= min(first, -(last + 1 - first) % EVEN_KEYS)
+        last += min(columns - 1 - last, -(last + 1 - first) % EVEN_KEYS)
     return DecodePlaces(first, last, newest, width)

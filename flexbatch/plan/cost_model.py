@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.memory_need import Need, needs, peak_bytes, usual_rows
+from flexbatch.plan.memory_need import Need, needs, peak_bytes
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Policy, Tier
+from flexbatch.plan.rows_in_flight import usual_rows
 from flexbatch.plan.terms import Resource, Term, by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import Schedule, Workload, schedule
 
@@ -47,6 +48,12 @@ class Prediction:
     @property
     def tokens_per_second(self) -> float:
         return self.generated_tokens / self.seconds
+
+    @property
+    def token_seconds(self) -> float:
+        """Of arithmetic that one more token in a pass takes: its products with matrices."""
+        matrices = self.terms.get("prefill matrices")
+        return matrices.seconds / self.prompt_tokens if matrices and self.prompt_tokens else 0.0
 
     @property
     def pass_seconds(self) -> float:

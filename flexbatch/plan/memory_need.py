@@ -24,7 +24,7 @@ from flexbatch.plan.kv_rooms import (
 from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
-from flexbatch.plan.slot_layout import most_slots, usual_slots
+from flexbatch.plan.rows_in_flight import GUESSES, MOST_PACE, guessed_tokens, most_rows
 from flexbatch.plan.workload import Workload, columns, span
 
 # A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
@@ -42,12 +42,7 @@ def logits_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
 
 
-# Guesses that every row in flight may have in a pass (fewer rows may have more), if it may say so many tokens; and by
-# how much prompts may come faster where guesses are right.
-GUESSES = 4
-FEWEST_TO_GUESS = 8
 FEWEST_LOGITS = 32  # at once, of rows with guesses: each time all of the head's matrix is read
-MOST_PACE = 1.5
 
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
 _GIVEN_BACK = {"activations", "logits"}
@@ -143,28 +138,6 @@ def most_on_disk(spec: ModelSpec, policy: Policy) -> int:
 @lru_cache(maxsize=4096)
 def _most_on_disk(layers: int, slots: int, shares: Shares) -> int:
     return slots - min(sum(count) for count in place_slots(layers, slots, shares))
-
-
-def _may_be_cut(policy: Policy) -> bool:
-    """Whether the KV cache may be cut into other slots as rows come: where it is in one memory."""
-    return policy.more_if_short and max(policy.kv.device, policy.kv.host) > 1.0 - 1e-9
-
-
-def usual_rows(workload: Workload, policy: Policy) -> int:
-    """How many rows are in flight on the average."""
-    return usual_slots(workload.as_run(policy.prefix_sharing), policy.slots) if _may_be_cut(policy) else policy.slots
-
-
-def most_rows(workload: Workload, policy: Policy) -> int:
-    """How many rows are in flight at most."""
-    return most_slots(workload.as_run(policy.prefix_sharing), policy.slots) if _may_be_cut(policy) else policy.slots
-
-
-def guessed_tokens(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
-    """How many guesses a pass may be fed with: where it can wait for weights, and rows are long enough to guess."""
-    is_streamed = policy.weights.device < 1.0 - 1e-9
-    suits = policy.guesses and spec.side_by_side and is_streamed and policy.kv_bits == 16
-    return GUESSES * most_rows(workload, policy) if suits and workload.longest_new >= FEWEST_TO_GUESS else 0
 
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
@@ -310,7 +283,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled
         inner += 2 * spec.intermediate_size
-    attended = policy.slots * span(workload)
+    attended = policy.slots * span(workload) * (1 + GUESSES * (rows > most_rows(workload, policy)))
     waiting = (tokens + rows) * spec.hidden_size * size
     logits = _logits(spec, workload, policy, joining) * spec.vocab_size * (size + 4)
     share = policy.hidden
@@ -325,12 +298,14 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
 
 def logits_of_guesses(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """How many positions' logits are made at once of rows with guesses."""
+    workload = workload.as_run(policy.prefix_sharing)
     return _logits(spec, workload, policy, _joining(spec, workload, policy)[0])
 
 
 def _logits(spec: ModelSpec, workload: Workload, policy: Policy, joining: int) -> int:
-    fewest = FEWEST_LOGITS if guessed_tokens(spec, workload, policy) else 1
-    return min(max(most_rows(workload, policy) + joining, fewest), logits_at_once(spec.vocab_size))
+    rows = most_rows(workload, policy)
+    fewest = min(FEWEST_LOGITS, rows + guessed_tokens(spec, workload, policy))
+    return min(max(rows + joining, fewest), logits_at_once(spec.vocab_size))
 
 
 def _joining(spec: ModelSpec, workload: Workload, policy: Policy) -> tuple[int, int]:

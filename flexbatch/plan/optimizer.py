@@ -14,11 +14,12 @@ from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
-from flexbatch.plan.memory_need import needs, usual_rows
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
 from flexbatch.plan.rounding import NOTHING_RESIDENT, filled, fits, fitted, least_resident, may_fit
+from flexbatch.plan.rows_in_flight import usual_rows
 from flexbatch.plan.shares_program import Problem, best_shares
 from flexbatch.plan.terms import by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload, schedule
@@ -66,15 +67,23 @@ def choose_policy(
     """
     check_formats(spec, hardware, offload)
     search = _Search(spec, hardware, workload, offload, limits_of(hardware, offload), base_policy(offload))
-    plain, compressed = _best(search), None
-    if may_compress(spec, hardware, offload) and (plain is None or plain.policy.weights.disk > 0):
-        compressed = _best(replace(search, base=replace(search.base, compressed=True)))
-    best = plain or compressed
+    best = _plain_or_compressed(search)
+    if best is None and search.base.guesses:  # they take memory that nothing else may be left of
+        best = _plain_or_compressed(replace(search, base=replace(search.base, guesses=False)))
     if best is None:
         raise infeasible(spec, hardware, workload, offload, search.limits)
-    if plain and compressed and is_worth(offload.compressed_file, spec, hardware, compressed, plain):
-        best = compressed
     return best.policy, best
+
+
+def _plain_or_compressed(search: _Search) -> Prediction | None:
+    """The fastest policy, with the weights as they are or in fewer bytes; None where nothing fits."""
+    plain, compressed = _best(search), None
+    if may_compress(search.spec, search.hardware, search.offload) and (plain is None or plain.policy.weights.disk > 0):
+        compressed = _best(replace(search, base=replace(search.base, compressed=True)))
+    if not (plain and compressed):
+        return plain or compressed
+    is_better = is_worth(search.offload.compressed_file, search.spec, search.hardware, compressed, plain)
+    return compressed if is_better else plain
 
 
 def _best(search: _Search) -> Prediction | None:

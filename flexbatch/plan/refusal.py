@@ -21,7 +21,7 @@ def infeasible(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, offload: OffloadConfig, limits: Limits
 ) -> CapacityError:
     """Which limit cannot be met, by how much, and the smallest change that would make the run feasible."""
-    base = base_policy(offload)
+    base = replace(base_policy(offload), guesses=False)
     smallest = next(enumerated(workload, offload, base, slot_counts(workload, offload)))
     if offload.policy == "manual":
         weights, kv, hidden = Policy.percent_shares(list(offload.percent))

@@ -19,11 +19,11 @@ from flexbatch.plan.memory_need import (
     number_bytes,
     prompts_bytes,
     streamable_bytes,
-    usual_rows,
     weight_form,
 )
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.policy import Policy
+from flexbatch.plan.rows_in_flight import usual_rows
 from flexbatch.plan.workload import PassLoad, Workload, columns
 
 # Packing a number of the KV cache takes so many times as long as expanding one: by a kernel on a CPU (measured: 2 to

@@ -14,9 +14,10 @@ from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, gibibytes
-from flexbatch.plan.memory_need import kv_units, most_rows, weight_form
+from flexbatch.plan.memory_need import kv_units, weight_form
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Shares, Tier
+from flexbatch.plan.rows_in_flight import most_rows
 from flexbatch.plan.terms import Resource
 from flexbatch.plan.workload import Workload
 from flexbatch.report.progress import duration_text

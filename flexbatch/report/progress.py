@@ -148,8 +148,8 @@ class Progress:
         self._every = self._pause = every_seconds
         self._note = note
         self._clock = clock
-        self._decode_tokens = self._prefill_tokens = self._in_flight = 0
-        self._still_passes = self._wait_seconds = 0.0
+        self._decode_tokens = self._prefill_tokens = self._still_passes = self._in_flight = 0
+        self._wait_seconds = 0.0
         self._bytes: Counter[str] = Counter()
         self._printed = clock()
         self._samples = Samples(Sample(self._printed, already_done, 0, 0, 0.0, {}))
@@ -182,8 +182,8 @@ class Progress:
         with self._lock:
             self._decode_tokens += result.decode_tokens
             self._prefill_tokens += result.prefill_tokens
-            if not result.prefill_tokens and result.decode_tokens:  # rows that gained several did several passes' work
-                self._still_passes += result.decode_tokens / (result.decode_tokens - result.right_tokens)
+            if not result.prefill_tokens:  # the row that gains least is what the end waits for
+                self._still_passes += min(map(len, result.new_tokens.values()), default=1)
             self._wait_seconds += sum(result.waits.values())
             self._bytes.update(result.bytes_moved)
             self._in_flight = result.rows_in_flight

@@ -51,7 +51,8 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool, makes_
         usual = usual_dtype(spec, hardware)
         spec = replace(spec, compute_dtype=usual, stored_dtype=spec.stored_dtype if model.found.index else usual)
     workload = describe_workload(work, work.scan)
-    _, prediction = choose_policy(spec, hardware, workload, config.offload)
+    guesses = config.offload.lookup and config.prompt.padding != "max_length"  # padded rows do not lie side by side
+    _, prediction = choose_policy(spec, hardware, workload, replace(config.offload, lookup=guesses))
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
 
 

@@ -41,6 +41,7 @@ def engine(
     prompts_bytes: int = 0,
     most_slots: int = 0,
     guess_room: int = 0,
+    logits_of_guesses: int = 0,
 ) -> Engine:
     checkpoint = Checkpoint(AutoConfig.from_pretrained(folder), SafetensorsIndex.open(folder).entries, str(folder))
     return open_engine(
@@ -55,6 +56,7 @@ def engine(
             prompts_bytes=prompts_bytes,
             most_slots=most_slots,
             guess_room=guess_room,
+            logits_of_guesses=logits_of_guesses,
             reader="buffered",
             constraints=constraints or {},
             packed_folder=disk_folder / "packed",

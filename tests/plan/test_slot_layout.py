@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexbatch.config import OffloadConfig
 from flexbatch.plan.enumeration import base_policy
-from flexbatch.plan.memory_need import most_rows, usual_rows
+from flexbatch.plan.rows_in_flight import most_rows, usual_rows
 from flexbatch.plan.slot_layout import GAIN, MOST_TIMES, SlotLayout, SlotMemory, most_slots, next_layout, usual_slots
 from flexbatch.plan.workload import Workload, span
 

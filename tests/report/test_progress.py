@@ -145,6 +145,17 @@ def test_while_few_rows_finish_the_plan_at_the_speed_of_the_passes_says_when_it_
         assert progress.now.seconds_left == 0.0
 
 
+def test_a_pass_in_which_every_row_gains_three_tokens_is_three_passes_of_the_plan() -> None:
+    """The last ones are as many as the row needs that gains least."""
+    clock, outlook = Clock(), Outlook(130.0, 100.0, 51_200, 30)
+    with Progress(24, stream=io.StringIO(), outlook=outlook, clock=clock, every_seconds=1e9) as progress:
+        for prompts, gained in ((51_200, [1, 1]), (0, [3, 3]), (0, [9, 3])):
+            clock.seconds += 100.0 if prompts else 1.0
+            tokens = {index: (7,) * count for index, count in enumerate(gained)}
+            progress.update(replace(one_pass(), prefill_tokens=prompts, new_tokens=tokens), 0)
+        assert progress.now.seconds_left == pytest.approx(102 * (130 / 106 - 1))
+
+
 def test_many_rows_that_finish_say_it_better_than_the_plan() -> None:
     clock = Clock()
     with Progress(1000, stream=io.StringIO(), outlook=Outlook(600, 500, 51_200, 20), clock=clock) as progress:
