@@ -28,7 +28,9 @@ from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.kernels.vectors import multiplies_tiles
 
 NAME = "flexbatch_merging"
-EVENED_BYTES = 16 << 20
+EVENED_BYTES = 4 << 20
+"""Of keys and values that are copied at a time, to have as many as is fast."""
+
 FEWEST_QUERIES = 9
 """For which the kernel for prompts is the faster one (docs/benchmarks.md)."""
 

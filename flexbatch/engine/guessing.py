@@ -19,7 +19,7 @@ MOST_GUESSES = 7
 """A row's in a pass: attention's kernel for prompts begins at nine queries, which see their keys in another way."""
 
 LEAST_GAIN = 0.05  # tokens a row, that its next guess must promise
-LEAST_GAIN_ON_DISK = 0.25  # the more columns a pass takes, the sooner all rows are moved
+LEAST_GAIN_ON_DISK = 0.1  # the more columns a pass takes, the sooner all rows are moved
 USED = 0.9  # of the time that was waited, what guesses may take
 PACE_MEMORY = 0.9  # how much the passes before count
 FORGOTTEN = 1.05  # what a token takes may grow so much from pass to pass

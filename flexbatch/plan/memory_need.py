@@ -42,6 +42,7 @@ def logits_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (vocab_size * LOGIT_BYTES))
 
 
+GUESS_COPIES = 16 << 20  # of some rows' keys and values, and of logits, where there are guesses
 FEWEST_LOGITS = 32  # at once, of rows with guesses: each time all of the head's matrix is read
 
 _THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
@@ -269,7 +270,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
-    rows = most_rows(workload, policy) + guessed_tokens(spec, workload, policy)
+    guesses = guessed_tokens(spec, workload, policy)
+    rows = most_rows(workload, policy) + guesses
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + rows
@@ -283,12 +285,13 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled
         inner += 2 * spec.intermediate_size
-    attended = policy.slots * span(workload) * (1 + GUESSES * (rows > most_rows(workload, policy)))
+    attended = policy.slots * span(workload) * (1 + GUESSES if guesses else 1)
+    copies = GUESS_COPIES if guesses else 0
     waiting = (tokens + rows) * spec.hidden_size * size
     logits = _logits(spec, workload, policy, joining) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
-        Need("activations", Tier.DEVICE, at_once * inner + attended * 8),
+        Need("activations", Tier.DEVICE, at_once * inner + attended * 8 + copies),
         Need("logits", Tier.DEVICE, logits),
         Need("hidden states", Tier.DEVICE, math.ceil(waiting * (share.device if share.device < 1 else 1.0))),
         Need("hidden states", Tier.HOST, math.ceil(waiting * share.host)),
