@@ -19,7 +19,7 @@ import torch
 
 from flexbatch.engine.calls import Caller, DecodeRow, Piece
 from flexbatch.engine.growing import ConstraintState, GrowingRow, Vocabulary, finish
-from flexbatch.engine.guessing import LEAST_GAIN, LEAST_GAIN_ON_DISK, Guesses
+from flexbatch.engine.guessing import LEAST_GAIN, LEAST_GAIN_ON_DISK, NO_GUESSES, Guesses
 from flexbatch.engine.head import Reader
 from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
@@ -35,6 +35,7 @@ from flexbatch.memory.heap import Heap
 from flexbatch.memory.transfer import StreamStatistics
 from flexbatch.plan.admission import Admission
 from flexbatch.plan.policy import Tier
+from flexbatch.plan.rows_in_flight import GuessRoom, hastened
 from flexbatch.records import Completion, PassResult, Request
 
 
@@ -76,20 +77,18 @@ class Engine:
         heap: Heap | None = None,
         prompts_bytes: int = 0,
         most_slots: int = 0,
-        guess_room: int = 0,
-        logits_of_guesses: int = 0,
-        token_seconds: float = 0.0,
+        guesses: GuessRoom = NO_GUESSES,
     ) -> None:
         self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
         self._weights, self._arena, self._storage = weights, arena, storage
-        self._caller = Caller(stepped, arena, storage.device, host_attention, logits_of_guesses)
+        self._caller = Caller(stepped, arena, storage.device, host_attention, guesses.logits)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots = RowSlots(arena, most_slots)
-        self._guesses = Guesses(guess_room if self._side_by_side else 0, max(most_slots, arena.slots), token_seconds)
+        self._guesses = Guesses(guesses if self._side_by_side else NO_GUESSES, max(most_slots, arena.slots))
         self._prefill_tokens = prefill_tokens
         self._waiting: deque[GrowingRow] = deque()
         self._all_came = False
@@ -215,7 +214,7 @@ class Engine:
     def _join(self, this: _Pass) -> tuple[list[Part], list[Joining], list[Prefix]]:
         """Takes the prompts that are prefilled in this pass out of the waiting line: parts of long ones, micro-batches
         with slots, and the prefixes that must be computed before them."""
-        self._admission.budget = self._prefill_tokens * self._guesses.pace
+        self._admission.budget = hastened(self._prefill_tokens, self._guesses.pace)
         entering = self._entering
         free = [slot for slot in self._slots.free if not entering or slot != entering.slot]
         line = list(takewhile(self._finds_room, self._waiting))
@@ -347,6 +346,7 @@ class Engine:
                 self._slots.put(batch.slots[index], gain.row)
 
     def _is_done(self, gain: Gain, this: _Pass) -> bool:
+        """Takes note of what a row has gained in this pass, and says whether that is its end."""
         this.gains.append(gain)
         if gain.completion is None:
             return False

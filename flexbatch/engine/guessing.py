@@ -13,11 +13,12 @@ from dataclasses import replace
 from flexbatch.engine.growing import GrowingRow
 from flexbatch.engine.lookup import MEMORY, Acceptance, Draft, Remembered, draft
 from flexbatch.engine.reading import Gain
-from flexbatch.plan.rows_in_flight import MOST_PACE
+from flexbatch.plan.rows_in_flight import GuessRoom
 
 MOST_GUESSES = 7
 """A row's in a pass: attention's kernel for prompts begins at nine queries, which see their keys in another way."""
 
+NO_GUESSES = GuessRoom()
 LEAST_GAIN = 0.05  # tokens a row, that its next guess must promise
 LEAST_GAIN_ON_DISK = 0.1  # the more columns a pass takes, the sooner all rows are moved
 USED = 0.9  # of the time that was waited, what guesses may take
@@ -26,17 +27,16 @@ FORGOTTEN = 1.05  # what a token takes may grow so much from pass to pass
 
 
 class Guesses:
-    """What the rows of a pass guess. `room` is how many guesses may be fed at once beside `rows` rows (0: none). A
-    token takes `token_seconds` of arithmetic at least."""
+    """What the rows of a pass guess, where there is `room` for so much beside `rows` rows."""
 
-    def __init__(self, room: int, rows: int, token_seconds: float = 0.0) -> None:
-        self._room, self._rows = room, rows
-        self._least_seconds = token_seconds
+    def __init__(self, room: GuessRoom, rows: int) -> None:
+        self._room, self._rows, self._least_seconds = room.tokens, rows, room.token_seconds
         self._acceptance, self._said = Acceptance(), Remembered()
         self._fed = 0
         self._affordable = 0.0  # guesses that there was time for in the last pass
         self._token_seconds = math.inf
-        self._pace = 1.0
+        self.pace = 1.0
+        """Tokens that a row has gained in a pass, of late: so many times as fast may prompts follow."""
 
     def draw_up(self, rows: Sequence[GrowingRow], least_gain: float = LEAST_GAIN) -> None:
         """Gives each row what it guesses in the next pass."""
@@ -66,7 +66,7 @@ class Guesses:
             self._acceptance.learn(gain.row.draft, gain.row.tokens[-gain.tokens :], memory)
         if gains:
             mean = sum(gain.tokens for gain in gains) / len(gains)
-            self._pace = PACE_MEMORY * self._pace + (1 - PACE_MEMORY) * mean
+            self.pace = PACE_MEMORY * self.pace + (1 - PACE_MEMORY) * mean
         fed = tokens + self._fed
         if fed:
             # What a pass takes whatever is in it counts least where there are many tokens.
@@ -75,12 +75,6 @@ class Guesses:
         # Where an accelerator computes, the time that its work takes is waited for as well.
         idle = min(waited, seconds - fed * self._least_seconds)
         self._affordable = affordable(self._fed, max(0.0, idle), self._token_seconds)
-
-    @property
-    def pace(self) -> float:
-        """Tokens that a row has gained in a pass, of late: so many times as fast prompts may follow. At most
-        `MOST_PACE`, which is what memory is planned for."""
-        return min(MOST_PACE, self._pace)
 
     def remember(self, row: GrowingRow) -> None:
         """A row is done: what it said may be said again by others."""

@@ -36,6 +36,7 @@ from flexbatch.plan.attention_shape import attention_shape
 from flexbatch.plan.model_spec import is_attended_packed
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Tier
+from flexbatch.plan.rows_in_flight import GuessRoom
 from flexbatch.plan.workload import column_slack
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,8 @@ class EngineOptions:
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
     used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
     only where prompts are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
-    has slots), and `guess_room` for how many guesses of theirs in a pass (0: none are made), with the logits of
-    `logits_of_guesses` positions at once (0: of all); a token takes `token_seconds` at least. `on_packing` is told how
-    many bytes of a packed file's sources are done, and of how many."""
+    has slots), with what `guesses` of theirs there is room for. `on_packing` is told how many bytes of a packed
+    file's sources are done, and of how many."""
 
     span: int
     dtype: torch.dtype
@@ -91,9 +91,7 @@ class EngineOptions:
     working_bytes: int = 64 << 20
     prompts_bytes: int = 0
     most_slots: int = 0
-    guess_room: int = 0
-    logits_of_guesses: int = 0
-    token_seconds: float = 0.0
+    guesses: GuessRoom = GuessRoom()
     reader: str = "auto"
     packed_folder: Path = Path()
     blocked_file_bytes: int | None = None
@@ -161,9 +159,7 @@ def open_engine(
         heap=opened.heap,
         prompts_bytes=options.prompts_bytes,
         most_slots=options.most_slots,
-        guess_room=options.guess_room,
-        logits_of_guesses=options.logits_of_guesses,
-        token_seconds=options.token_seconds,
+        guesses=options.guesses,
     )
 
 

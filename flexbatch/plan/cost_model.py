@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.memory_need import Need, needs, peak_bytes
+from flexbatch.plan.memory_need import Need, logits_of_guesses, needs, peak_bytes
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Policy, Tier
-from flexbatch.plan.rows_in_flight import usual_rows
+from flexbatch.plan.rows_in_flight import GuessRoom, guessed_tokens, usual_rows
 from flexbatch.plan.terms import Resource, Term, by_resource, first_terms, pass_seconds, pass_terms
 from flexbatch.plan.workload import Schedule, Workload, schedule
 
@@ -73,6 +73,14 @@ def predict(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, poli
     items = needs(spec, hardware, workload, policy)
     totals.join(totals.add(list(first_terms(hardware, items)), 1, 1), 0, 0)
     return totals.prediction(plan, shown, policy, items)
+
+
+def guess_room(spec: ModelSpec, workload: Workload, prediction: Prediction) -> GuessRoom:
+    """What the plan has room for in a pass, of guesses."""
+    policy = prediction.policy
+    return GuessRoom(
+        guessed_tokens(spec, workload, policy), logits_of_guesses(spec, workload, policy), prediction.token_seconds
+    )
 
 
 class _Totals:

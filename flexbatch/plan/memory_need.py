@@ -24,7 +24,7 @@ from flexbatch.plan.kv_rooms import (
 from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
-from flexbatch.plan.rows_in_flight import GUESSES, MOST_PACE, guessed_tokens, most_rows
+from flexbatch.plan.rows_in_flight import GUESSES, MOST_PACE, guessed_tokens, hastened, most_rows
 from flexbatch.plan.workload import Workload, columns, span
 
 # A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
@@ -314,7 +314,8 @@ def _logits(spec: ModelSpec, workload: Workload, policy: Policy, joining: int) -
 def _joining(spec: ModelSpec, workload: Workload, policy: Policy) -> tuple[int, int]:
     """The most prompts that enter a pass, and their tokens. What cannot be split has saved up to its length."""
     rows, longest = most_rows(workload, policy), float(workload.longest_kept)
-    budget = policy.prefill_tokens * (MOST_PACE if guessed_tokens(spec, workload, policy) else 1.0)
+    pace = MOST_PACE if guessed_tokens(spec, workload, policy) else 1.0
+    budget = hastened(policy.prefill_tokens, pace)
     if policy.shortest_part and not workload.shared_tokens:
         tokens = most_tokens(math.ceil(longest), budget, policy.shortest_part)
         return min(rows, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))

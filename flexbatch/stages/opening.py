@@ -12,8 +12,9 @@ from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engi
 from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
-from flexbatch.plan.memory_need import logits_of_guesses, prompts_bytes, working_bytes
-from flexbatch.plan.rows_in_flight import guessed_tokens, most_rows
+from flexbatch.plan.cost_model import guess_room
+from flexbatch.plan.memory_need import prompts_bytes, working_bytes
+from flexbatch.plan.rows_in_flight import most_rows
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
@@ -50,9 +51,7 @@ def open_for(
             working_bytes=working_bytes(plan.prediction.needs),
             prompts_bytes=prompts_bytes(plan.spec, plan.workload, plan.prediction.policy),
             most_slots=most_rows(plan.workload, plan.prediction.policy),
-            logits_of_guesses=logits_of_guesses(plan.spec, plan.workload, plan.prediction.policy),
-            token_seconds=plan.prediction.token_seconds,
-            guess_room=guessed_tokens(plan.spec, plan.workload, plan.prediction.policy),
+            guesses=guess_room(plan.spec, plan.workload, plan.prediction),
             dtype=model.dtype,
             device=model.device,
             padded_width=work.longest_prompt if config.prompt.padding == "max_length" else 0,

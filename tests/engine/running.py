@@ -13,6 +13,7 @@ from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy
+from flexbatch.plan.rows_in_flight import GuessRoom
 from flexbatch.records import Completion, PassResult, Request
 from tests.engine.families import logits
 
@@ -55,8 +56,7 @@ def engine(
             padded_width=padded_width,
             prompts_bytes=prompts_bytes,
             most_slots=most_slots,
-            guess_room=guess_room,
-            logits_of_guesses=logits_of_guesses,
+            guesses=GuessRoom(guess_room, logits_of_guesses),
             reader="buffered",
             constraints=constraints or {},
             packed_folder=disk_folder / "packed",

@@ -20,6 +20,7 @@ from flexbatch.engine.kv_memory import MemorySlots
 from flexbatch.engine.lookup import Draft, Remembered, draft
 from flexbatch.engine.reading import Gain
 from flexbatch.plan.policy import Policy, Shares
+from flexbatch.plan.rows_in_flight import GuessRoom
 from flexbatch.records import Completion, PassResult, Request, Sampling
 from tests.engine.families import FAMILIES, VOCABULARY, prompts, reference, saved
 from tests.engine.running import answer, assert_same_tokens, engine
@@ -204,7 +205,7 @@ def row_that_repeats() -> GrowingRow:
 
 
 def test_a_pass_that_waits_for_weights_is_filled_with_guesses_and_one_that_does_not_has_none() -> None:
-    waiting, busy = Guesses(100, 4), Guesses(100, 4)
+    waiting, busy = Guesses(GuessRoom(100), 4), Guesses(GuessRoom(100), 4)
     for _ in range(3):
         waiting.learn([grown(1)], seconds=2.0, waited=1.0, tokens=50)
         busy.learn([grown(1)], seconds=2.0, waited=0.0, tokens=50)
@@ -213,7 +214,7 @@ def test_a_pass_that_waits_for_weights_is_filled_with_guesses_and_one_that_does_
 
 
 def test_guesses_end_where_there_is_no_room_no_time_or_nothing_left_to_say() -> None:
-    guesses = Guesses(8, 4)
+    guesses = Guesses(GuessRoom(8), 4)
     guesses.learn([grown(1)], seconds=2.0, waited=1.9, tokens=50)
     rows = [row_that_repeats() for _ in range(4)]
     assert guessed(guesses, rows) == [2] * 4
@@ -224,11 +225,11 @@ def test_guesses_end_where_there_is_no_room_no_time_or_nothing_left_to_say() -> 
     last = row_that_repeats()
     last.tokens = [2] * 62
     assert guessed(guesses, [last]) == [1]
-    assert guessed(Guesses(0, 4), rows) == [0] * 4
+    assert guessed(Guesses(GuessRoom(0), 4), rows) == [0] * 4
 
 
 def test_empty_slots_among_the_rows_take_their_part_of_the_room() -> None:
-    guesses, rows = Guesses(16, 4), [row_that_repeats(), row_that_repeats()]
+    guesses, rows = Guesses(GuessRoom(16), 4), [row_that_repeats(), row_that_repeats()]
     guesses.learn([grown(1)], seconds=2.0, waited=1.9, tokens=50)
     assert guessed(guesses, rows) == [4, 4]
     guesses.draw_up(rows)
@@ -237,7 +238,7 @@ def test_empty_slots_among_the_rows_take_their_part_of_the_room() -> None:
 
 def test_guesses_that_were_not_fed_teach_by_their_first() -> None:
     """What turned out not to be said is not believed again by and by."""
-    guesses, rows = Guesses(400, 36), [row_that_repeats() for _ in range(36)]
+    guesses, rows = Guesses(GuessRoom(400), 36), [row_that_repeats() for _ in range(36)]
     for _ in range(30):
         guesses.learn([], seconds=2.0, waited=1.9, tokens=50)
         guesses.draw_up(rows)
@@ -252,7 +253,7 @@ def test_guesses_that_were_not_fed_teach_by_their_first() -> None:
 
 def test_an_accelerator_that_works_all_the_time_is_not_given_guesses() -> None:
     """The time that its work takes is waited for too."""
-    guesses = Guesses(400, 4, token_seconds=0.02)
+    guesses = Guesses(GuessRoom(400, token_seconds=0.02), 4)
     guesses.learn([grown(1)], seconds=2.0, waited=1.99, tokens=100)
     assert guessed(guesses, [row_that_repeats()]) == [0]
 
