@@ -154,7 +154,7 @@ def test_nothing_is_said_after_an_end_that_came_among_right_guesses(
         assert any(each.finish_reason == "stop" for each in new.values())
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     times=st.sampled_from([1, 2, 4]),
