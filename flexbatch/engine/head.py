@@ -143,7 +143,7 @@ def _runs(blocks: Sequence[_Block]) -> Iterator[list[_Block]]:
     run: list[_Block] = []
     for block in blocks:
         rows, positions = sum(len(each.ids) for each in run) + len(block.ids), block.ids.shape[1]
-        most = min(block.most, *(each.most for each in run)) if run else block.most
+        most = min(each.most for each in [*run, block])
         if run and (run[0].ids.shape[1] != positions or rows * positions > most):
             yield run
             run = []

@@ -270,8 +270,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     """Of passes with so many prompts, of so many tokens without what they share."""
     size = number_bytes(spec)
     longest = float(workload.longest_kept)
-    guesses = guessed_tokens(spec, workload, policy)
-    rows = most_rows(workload, policy) + guesses
+    in_slots, guesses = most_rows(workload, policy), guessed_tokens(spec, workload, policy)
+    rows = in_slots + guesses
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + rows
@@ -288,7 +288,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     attended = policy.slots * span(workload) * (1 + GUESSES if guesses else 1)
     copies = GUESS_COPIES if guesses else 0
     waiting = (tokens + rows) * spec.hidden_size * size
-    logits = _logits(spec, workload, policy, joining) * spec.vocab_size * (size + 4)
+    logits = _logits(spec, in_slots, guesses, joining) * spec.vocab_size * (size + 4)
     share = policy.hidden
     return [
         Need("activations", Tier.DEVICE, at_once * inner + attended * 8 + copies),
@@ -302,12 +302,12 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
 def logits_of_guesses(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """How many positions' logits are made at once of rows with guesses."""
     workload = workload.as_run(policy.prefix_sharing)
-    return _logits(spec, workload, policy, _joining(spec, workload, policy)[0])
+    joining, _ = _joining(spec, workload, policy)
+    return _logits(spec, most_rows(workload, policy), guessed_tokens(spec, workload, policy), joining)
 
 
-def _logits(spec: ModelSpec, workload: Workload, policy: Policy, joining: int) -> int:
-    rows = most_rows(workload, policy)
-    fewest = min(FEWEST_LOGITS, rows + guessed_tokens(spec, workload, policy))
+def _logits(spec: ModelSpec, rows: int, guesses: int, joining: int) -> int:
+    fewest = min(FEWEST_LOGITS, rows + guesses)
     return min(max(rows + joining, fewest), logits_at_once(spec.vocab_size))
 
 
