@@ -21,6 +21,10 @@ Numbers = npt.NDArray[np.integer[Any]]
 
 READ_AHEAD = 64 << 20  # bytes: two reads of 8 MiB for each of four threads
 
+NEARLY = 0.98
+"""Of a weight that is used several times, what a share must hold to hold it: the plan may know the sizes of compressed
+weights, which the share is of, only so well, and a stream with room for an embedding holds twice its bytes."""
+
 
 def place_weights(sizes: Sequence[int], uses: Sequence[int], shares: Shares) -> list[Tier]:
     """A tier for each of `sizes` (bytes of tensors, in the order of use), of which some are used at several places of a
@@ -32,12 +36,12 @@ def place_numbers(sizes: Numbers, uses: Numbers, shares: Shares) -> Numbers:
     """The same as numbers of `TIERS`, from and to integers `[tensors]`.
 
     Every running total of a tier stays within one tensor of its share of the running total of all. But what is used
-    several times comes first on the device while its share holds it: there it spares most traffic, and the stream's
-    buffers need not have room for it.
+    several times comes first on the device while its share holds it (or nearly): there it spares most traffic, and the
+    stream's buffers need not have room for it.
     """
     total, room, rest = sizes.sum(), shares.device * sizes.sum(), np.ones(len(sizes), bool)
     for index in np.flatnonzero(uses > 1):
-        if sizes[index] <= room * (1 + 1e-12):
+        if NEARLY * sizes[index] <= room:
             rest[index] = False
             room -= sizes[index]
     placed, others = np.zeros(len(sizes), np.int8), sizes[rest].sum()
@@ -56,15 +60,20 @@ def _dealt(sizes: Numbers, shares: Shares) -> Numbers:
 def kept_weights(sizes: Mapping[str, int], room: int, passes: int, lost: int) -> list[str]:
     """Which streamed tensors (bytes by name) go into `room` bytes that are free for the last `passes` passes.
 
-    The first of them still carries all, so that they can be copied on their way. None where they would spare no more
-    than `lost` bytes: what the stream has read ahead, and reads again when it begins anew without them.
+    They are spread evenly: while what is there is used, the disk reads ahead of what is not, and no further than the
+    stream's buffers go. The first of the passes still carries all, so that they can be copied on their way. None where
+    they would spare no more than `lost` bytes: what the stream has read ahead, and reads again when it begins anew
+    without them.
     """
-    chosen, left = list[str](), room
-    for name, size in sizes.items():
-        if size <= left:
-            chosen.append(name)
-            left -= size
-    return chosen if (room - left) * (passes - 1) > lost else []
+    share = min(1.0, room / max(1, sum(sizes.values())))
+    even = _dealt(np.array(list(sizes.values())), Shares(share, 0.0)) if sizes else ()
+    spread = [name for name, tier in zip(sizes, even, strict=True) if TIERS[tier] is Tier.DEVICE]
+    chosen, left = set[str](), room
+    for name in (*spread, *sizes):  # what is left in the end takes whatever fits
+        if name not in chosen and sizes[name] <= left:
+            chosen.add(name)
+            left -= sizes[name]
+    return [name for name in sizes if name in chosen] if (room - left) * (passes - 1) > lost else []
 
 
 def place_slots(num_layers: int, slots: int, shares: Shares) -> list[tuple[int, int]]:
