@@ -10,7 +10,8 @@
      │    ├── FingerprintError     6   the folder belongs to another run
      │    └── LockedError          6   another process is running on the folder
      ├── EngineError               7   generation failed (a read failed under way)
-     │    └── OutOfMemory          7   memory ran out under way, on whichever tier
+     │    ├── OutOfMemory          7   memory ran out under way, on whichever tier
+     │    └── IncompressibleCache  7   keys or values do not fit into a compressed cache
      └── Interrupted             130   Ctrl-C; everything finished so far is on disk
 
 A message says what is wrong, where (key or file), which value, and what to do. The command line prints it in a few
@@ -72,6 +73,10 @@ class EngineError(FlexbatchError):
 
 class OutOfMemory(EngineError):
     """Memory ran out while rows were in flight: fewer of them need less."""
+
+
+class IncompressibleCache(EngineError):
+    """Keys or values of a model are of so many sizes that a compressed cache has no room for them."""
 
 
 class Interrupted(FlexbatchError):

@@ -74,12 +74,12 @@ def for_all_pairs(
 
 
 def added_scores(mask: torch.Tensor | None, rows: int, columns: int) -> Any:
-    """What `mask` adds to scores, float32 `[rows, columns]`."""
+    """What `mask` `[rows or 1, 1, queries or 1, columns]` adds to scores, float32 `[rows * queries, columns]`."""
     if mask is None:
         return np.zeros((rows, columns), np.float32)
-    allowed = mask[:, 0, 0].expand(rows, columns)
+    allowed = mask[:, 0].expand(rows, -1, columns).reshape(-1, columns)
     if allowed.dtype == torch.bool:
-        return torch.zeros(rows, columns).masked_fill_(~allowed, LOWEST).numpy()
+        return torch.zeros(allowed.shape).masked_fill_(~allowed, LOWEST).numpy()
     return allowed.float().contiguous().numpy()
 
 

@@ -31,6 +31,10 @@ BFLOAT_BYTES = 2
 # The KV cache is quantised in groups of at most 32 numbers, again with a scale and a minimum of two bytes.
 LARGEST_KV_GROUP = 32
 
+# A compressed cache names a head and a number of it in a byte each, and keeps so many numbers together
+# (`kernels/compressed_states.py`).
+MOST_HEADS, LARGEST_HEAD, CACHE_BLOCK = 256, 256, 64
+
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
@@ -79,6 +83,8 @@ class LayerSpec:
             return self.kv_size * number_bytes
         heads = self.kv_size // sum(self.head_sizes)
         keys, values = self.head_sizes
+        if bits == COMPRESSED:
+            return compressed_kv_bytes(heads, keys) + compressed_kv_bytes(heads, values)
         return heads * (packed_head_bytes(keys, key_bits(bits)) + packed_head_bytes(values, bits))
 
     @property
@@ -290,6 +296,24 @@ def key_bits(kv_bits: int) -> int:
     return max(kv_bits, 8)
 
 
+def compressed_head_bytes(head_size: int) -> int:
+    """Bytes of one token's keys (or values) of one head where they are compressed without loss, but for exceptions: for
+    each number a sign and mantissa of a byte and a code of four bits, and one exponent."""
+    return head_size + head_size // 2 + 1
+
+
+def compressed_exceptions(numbers: int) -> int:
+    """How many exceptions there is room for in a token's keys (or values) of so many numbers: of normal ones, one in
+    six thousand is one; beside a channel that is a hundred times as large as the others, one in two hundred."""
+    return min(255, max(16, numbers // 64))
+
+
+def compressed_kv_bytes(heads: int, head_size: int) -> int:
+    """Bytes of one token's keys (or values) of a layer, compressed without loss: an exception takes three, and their
+    count one."""
+    return heads * compressed_head_bytes(head_size) + 1 + 3 * compressed_exceptions(heads * head_size)
+
+
 def kv_group_size(head_size: int) -> int:
     """Numbers of one head that share a scale and a minimum: the largest even divisor of the head up to 32, so that
     nothing is filled up; 32 where all of these are small."""
@@ -302,7 +326,13 @@ def is_attended_packed(head_sizes: tuple[int, int], bits: int) -> bool:
     """Whether a CPU's decode attention can read a cache of so many bits as it is kept: in whole groups of numbers, and
     of 4 bits in pairs of groups, whose numbers share bytes."""
     values = LARGEST_KV_GROUP if bits == 8 else 2 * LARGEST_KV_GROUP
-    return bits < 16 and head_sizes[0] % LARGEST_KV_GROUP == 0 and head_sizes[1] % values == 0
+    return bits in (8, 4) and head_sizes[0] % LARGEST_KV_GROUP == 0 and head_sizes[1] % values == 0
+
+
+def is_compressible(heads: int, head_sizes: tuple[int, int]) -> bool:
+    """Whether keys and values of so many heads can be kept compressed without loss."""
+    suit = (0 < size <= LARGEST_HEAD and size % CACHE_BLOCK == 0 for size in head_sizes)
+    return 0 < heads <= MOST_HEADS and all(suit)
 
 
 def packed_head_bytes(head_size: int, bits: int) -> int:
