@@ -190,6 +190,12 @@ class OffloadConfig:
         "auto (where the job gains more by it than making it takes), always or never; on the CPU, where weights stream",
         one_of=("auto", "always", "never"),
     )
+    compressed_cache: str = option(
+        "auto",
+        "keep the KV cache in some 0.78 of its bytes without loss, where it is bfloat16 on the CPU: auto (where the "
+        "plan is faster by it), always or never",
+        one_of=("auto", "always", "never"),
+    )
     trace: str = option("", "write a Chrome/Perfetto trace of the run to this file", path=True)
 
 

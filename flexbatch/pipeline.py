@@ -14,7 +14,7 @@ from flexbatch.config import Config
 from flexbatch.data.ledger import Ledger
 from flexbatch.data.writer import PartWriter
 from flexbatch.engine.engine import Engine
-from flexbatch.errors import OutOfMemory
+from flexbatch.errors import IncompressibleCache, OutOfMemory
 from flexbatch.interrupt import StopSignal
 from flexbatch.plan.advice import advise
 from flexbatch.records import PassResult
@@ -31,7 +31,7 @@ from flexbatch.stages.generate import generate
 from flexbatch.stages.identity import fingerprint
 from flexbatch.stages.model import Model, find_model, find_model_to_plan
 from flexbatch.stages.opening import open_for
-from flexbatch.stages.planning import draw_frontier, make_plan, plan_run, with_fewer_slots
+from flexbatch.stages.planning import draw_frontier, make_plan, plan_run, with_fewer_slots, with_plain_cache
 from flexbatch.stages.results import RunSummary, summarize_run
 from flexbatch.stages.tally import Tally, peak_memory
 from flexbatch.stages.work import Work, describe_work
@@ -89,7 +89,8 @@ def announce(model: Model, work: Work, plan: Plan) -> None:
 def _generate(
     config: Config, model: Model, work: Work, plan: Plan, ledger: Ledger, writer: PartWriter, stop: StopSignal
 ) -> None:
-    """The part of a run that needs the model in memory. Where memory runs out it goes on once, with half the slots."""
+    """The part of a run that needs the model in memory. Where memory runs out it goes on once, with half the slots;
+    where keys and values cannot be compressed, with plain ones."""
     trace = ChromeTrace(Path(config.offload.trace)) if config.offload.trace else None
 
     def attempt(plan: Plan) -> None:
@@ -113,12 +114,14 @@ def _generate(
             fewer = with_fewer_slots(plan)
             if fewer is None:
                 raise
-            said = error.message
+            said, other = error.message, fewer
+        except IncompressibleCache as error:
+            said, other = error.message, with_plain_cache(plan, config.offload)
         gc.collect()  # the failed pass's frames, with all that they hold
-        slots = fewer.prediction.policy.slots
+        slots = other.prediction.policy.slots
         print(f"{said} The job goes on with {slots} slots; what is finished stays.", file=sys.stderr)
         ledger.take_up()
-        attempt(fewer)
+        attempt(other)
     finally:
         if trace:
             trace.close()

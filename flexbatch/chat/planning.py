@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from flexbatch.config import Config
@@ -56,7 +57,9 @@ def plan_conversation(config: Config, model: Model, context: int) -> Plan:
         window=1,
         part_rows=1,
     )
-    return plan_run(config, model, work, makes_copies=False)
+    # What is fed of one row sees all of it expanded: there a compressed cache would only take time.
+    plain = replace(config, offload=replace(config.offload, compressed_cache="never"))
+    return plan_run(plain, model, work, makes_copies=False)
 
 
 def seconds_with_guesses(plan: Plan) -> tuple[float, ...]:

@@ -23,7 +23,6 @@ from flexbatch.engine.last_layer import ReadTokens, compute_only
 from flexbatch.engine.schedule import EVEN_KEYS
 from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
-from flexbatch.kernels.packed_attention import packed_attention
 from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.kernels.vectors import multiplies_tiles
 
@@ -186,15 +185,15 @@ def attend_own(
     own = query[part.rows].to(keys.device)
     own_mask = None if mask is None else mask[part.rows].to(keys.device)
     rows, heads, tokens, size = own.shape
-    if isinstance(part, PackedKeys) and tokens > 1:
+    if isinstance(part, PackedKeys) and part.is_single and tokens > 1:
         raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
-    if tokens == 1 or (own_mask is not None and groups > 1 and _are_few(own)):
+    if isinstance(part, PackedKeys) or tokens == 1 or (own_mask is not None and groups > 1 and _are_few(own)):
         # The heads of a group are as many queries to the same keys: those need not be repeated.
         folded = own.reshape(rows, -1, groups * tokens, size)
         if own_mask is not None and tokens > 1:
             own_mask = own_mask.repeat(1, 1, groups, 1)
         if isinstance(part, PackedKeys):
-            output, weight = packed_attention(folded, part.keys, part.values, own_mask, scale)
+            output, weight = part.attend(folded, part.keys, part.values, own_mask, scale)
         else:
             output, weight = attend(folded, part.keys, part.values, own_mask, scale, causal=False)
         output, weight = output.reshape(rows, heads, tokens, -1), weight.reshape(rows, heads, tokens)

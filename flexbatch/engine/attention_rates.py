@@ -13,6 +13,8 @@ from flexbatch.engine.attention import attend
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import Work, seconds_of
 from flexbatch.kernels import packed_attention
+from flexbatch.kernels.compressed_attention import compressed_attention
+from flexbatch.kernels.compressed_states import compress
 from flexbatch.kernels.packed_numbers import GROUP
 from flexbatch.memory.quantization import quantize
 
@@ -20,6 +22,7 @@ HEADS, SIZE = 16, 64
 PROMPT = 512
 ROWS, COLUMNS = 8, slice(80, 592)
 """That decode, and of the arena what they see."""
+EXCEPTIONS = 8
 LAYERS = 16
 """Whose caches are read in turn: together more than a processor's own cache keeps."""
 
@@ -63,6 +66,20 @@ def packed_attention_rate(device: torch.device) -> float:
         parts = [_seen(part.clone()) for part in (made.values, made.scale, made.minimum)]
         keys, values = (tuple(part[which] for part in parts) for which in (0, 1))
         calls.append(partial(packed_attention.packed_attention, query, keys, values, mask, SIZE**-0.5))
+    return arena[..., COLUMNS, :].numel() / seconds_of(_in_turn(calls), device)
+
+
+@torch.inference_mode()
+def compressed_attention_rate(device: torch.device) -> float:
+    """The same of a cache that is compressed without loss."""
+    if device.type != "cpu":
+        return 0.0
+    query, arena, mask = _decoding(device)
+    keys, values = (compress(arena[which], EXCEPTIONS) for which in (0, 1))
+    calls = []
+    for _ in range(LAYERS):
+        seen = [tuple(part.clone()[:, :, COLUMNS] for part in parts) for parts in (keys, values)]
+        calls.append(partial(compressed_attention, query, seen[0], seen[1], mask, SIZE**-0.5))
     return arena[..., COLUMNS, :].numel() / seconds_of(_in_turn(calls), device)
 
 

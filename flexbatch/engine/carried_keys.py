@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from flexbatch.kernels.packed_attention import Packed
+from flexbatch.engine.kv_form import Attend, Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,13 @@ class OwnKeys:
 
 @dataclass(frozen=True, slots=True)
 class PackedKeys:
-    """The same as `packed_attention` reads them, for one query a row."""
+    """The same as they are kept, packed or compressed, as `attend` reads them: for one query a row if `is_single`."""
 
-    keys: Packed
-    values: Packed
+    keys: Parts
+    values: Parts
     rows: slice
+    attend: Attend
+    is_single: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexbatch.engine.kv_form import kv_forms
+from flexbatch.engine.kv_form import attention_to, kv_forms
 from flexbatch.engine.kv_memory import Relayout
 from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.engine.layer_store import FROM_DISK, KV, Attended, Expansion, LayerStore
@@ -24,7 +24,7 @@ class KVArena:
     """All layers' stores, and the column `end` behind which no live row has a token.
 
     `span` is the longest that a row can get (prompt and completion, in tokens), `slack` the columns between two shifts,
-    `bits` 16 (as the model made them), 8 or 4.
+    `bits` 16 (as the model made them), 8, 4 or `COMPRESSED`.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class KVArena:
         self.end = span - 1
         self._storage, self._in_use = storage, slots
         forms, expansion = kv_forms(bits), Expansion(span, storage)
+        attend = attention_to(bits)
         self._traffic = DiskTraffic(lambda nbytes: storage.budgets[storage.main_memory].reserve(nbytes, FROM_DISK))
         self.layers = [
-            LayerStore(index, slots, self.columns, each, storage, forms, expansion, self._traffic, attended)
+            LayerStore(index, slots, self.columns, each, storage, forms, attend, expansion, self._traffic, attended)
             for index, each in enumerate(counts)
         ]
 

@@ -1,4 +1,5 @@
-"""How keys and values are kept: as the model made them, or packed to 8 or 4 bits, each token by itself.
+"""How keys and values are kept: as the model made them, compressed without loss, or packed to 8 or 4 bits, each token
+by itself.
 
 A packed token's keys and values of one head are cut into groups along the head dimension, each with a scale and a
 minimum. So a token's numbers depend on nothing but the token: they move with it when the arena is shifted or a slot is
@@ -11,10 +12,14 @@ bits: `kv_bits=4` packs values to 4 bits and keys to 8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from flexbatch.kernels.compressed_attention import compressed_attention
+from flexbatch.kernels.compressed_states import compress, expand
+from flexbatch.kernels.packed_attention import packed_attention
 from flexbatch.memory.quantization import (
     CHUNK,
     CHUNK_ON_ACCELERATOR,
@@ -23,20 +28,39 @@ from flexbatch.memory.quantization import (
     dequantize,
     quantize,
 )
-from flexbatch.plan.model_spec import key_bits, kv_group_size
+from flexbatch.plan.model_spec import (
+    COMPRESSED,
+    compressed_exceptions,
+    compressed_head_bytes,
+    key_bits,
+    kv_group_size,
+)
 
 Parts = tuple[torch.Tensor, ...]
 """What is stored of keys or values: tensors `[rows, heads, tokens, ...]`, token by token."""
+
+Attend = Callable[
+    [torch.Tensor, Parts, Parts, torch.Tensor | None, float],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""Attention of queries to the parts of keys and of values, with a mask and a scale, as `packed_attention` has it."""
 
 
 class KVForm(Protocol):
     """A way to keep states `[rows, heads, tokens, head_dim]`."""
 
     @property
-    def is_packed(self) -> bool: ...
+    def is_packed(self) -> bool:
+        """Whether it is something else than the states themselves."""
+        ...
 
-    def stored(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
-        """Size of the last dimension and dtype of each part."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether what comes back is what was kept."""
+        ...
+
+    def stored(self, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, torch.dtype], ...]:
+        """Heads, size of the last dimension and dtype of each part."""
         ...
 
     def pack(self, states: torch.Tensor) -> Parts: ...
@@ -50,9 +74,10 @@ class PlainForm:
     """As the model made them."""
 
     is_packed = False
+    is_exact = True
 
-    def stored(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
-        return ((head_dim, dtype),)
+    def stored(self, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, torch.dtype], ...]:
+        return ((heads, head_dim, dtype),)
 
     def pack(self, states: torch.Tensor) -> Parts:
         return (states,)
@@ -61,17 +86,35 @@ class PlainForm:
         out.copy_(parts[0])
 
 
+class CompressedForm:
+    """bfloat16 on the CPU in fewer bytes, without loss (`kernels/compressed_states.py`)."""
+
+    is_packed = True
+    is_exact = True
+
+    def stored(self, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, torch.dtype], ...]:  # noqa: ARG002 - it is bfloat16
+        listed = 1 + 3 * compressed_exceptions(heads * head_dim)
+        return (heads, compressed_head_bytes(head_dim), torch.uint8), (1, listed, torch.uint8)
+
+    def pack(self, states: torch.Tensor) -> Parts:
+        return compress(states, compressed_exceptions(states.shape[1] * states.shape[3]))
+
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        expand(parts, out)
+
+
 class PackedForm:
     """In `bits` (8 or 4) with float16 scales and minima; what comes back is float32 arithmetic, rounded once."""
 
     is_packed = True
+    is_exact = False
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
-    def stored(self, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:  # noqa: ARG002 - whatever it was
+    def stored(self, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, torch.dtype], ...]:  # noqa: ARG002 - whatever it was
         layout = QuantizedLayout((head_dim,), self.bits, kv_group_size(head_dim))
-        return tuple((shape[-1], kind) for _, kind, shape in layout.parts)
+        return tuple((heads, shape[-1], kind) for _, kind, shape in layout.parts)
 
     def pack(self, states: torch.Tensor) -> Parts:
         made = quantize(states, self.bits, kv_group_size(states.shape[-1]))
@@ -89,5 +132,12 @@ class PackedForm:
 
 
 def kv_forms(bits: int) -> tuple[KVForm, KVForm]:
-    """How keys and values are kept for `kv_bits` 16 (plain), 8 or 4."""
+    """How keys and values are kept in 16 bits (plain), 8 or 4, or `COMPRESSED`."""
+    if bits == COMPRESSED:
+        return CompressedForm(), CompressedForm()
     return (PlainForm(), PlainForm()) if bits == 16 else (PackedForm(key_bits(bits)), PackedForm(bits))
+
+
+def attention_to(bits: int) -> Attend:
+    """The one that reads what is kept so, packed or compressed."""
+    return compressed_attention if bits == COMPRESSED else packed_attention

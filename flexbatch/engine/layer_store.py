@@ -15,7 +15,7 @@ import torch
 
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_disk import DiskSlots
-from flexbatch.engine.kv_form import KVForm, Parts
+from flexbatch.engine.kv_form import Attend, KVForm, Parts
 from flexbatch.engine.kv_memory import MemorySlots, Relayout
 from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
 from flexbatch.engine.storage import Storage
@@ -78,6 +78,7 @@ class LayerStore:
         counts: tuple[int, int],
         storage: Storage,
         forms: tuple[KVForm, KVForm],
+        attend: Attend,
         expansion: Expansion,
         traffic: DiskTraffic,
         attended: Attended,
@@ -86,6 +87,7 @@ class LayerStore:
         self.segments: list[Segment] = []
         self._counts = {Tier.DEVICE: counts[0], Tier.HOST: counts[1], Tier.DISK: slots - sum(counts)}
         self._storage, self._forms, self._expansion, self._traffic = storage, forms, expansion, traffic
+        self._attend = attend
         self._dtype = torch.float32
         self._shapes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
         self._at_once = slots
@@ -102,9 +104,9 @@ class LayerStore:
         for tier, count in self._counts.items():
             if count:
                 shapes = [
-                    ((new.shape[1], self.columns, size), dtype)
+                    ((heads, self.columns, size), dtype)
                     for new, form in zip((keys, values), self._forms, strict=True)
-                    for size, dtype in form.stored(new.shape[3], new.dtype)
+                    for heads, size, dtype in form.stored(new.shape[1], new.shape[3], new.dtype)
                 ]
                 self.segments.append(Segment(tier, first, count, self._room(tier, first, count, BlockLayout(shapes))))
                 first += count
@@ -126,7 +128,7 @@ class LayerStore:
 
     def seen(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
         """What attention gets for these keys and values: themselves, or what packing them to `parts` has left."""
-        if not self._is_packed:
+        if self._forms[0].is_exact:
             return keys, values
         seen = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (keys, values)]
         self._unpack(parts, seen[0], seen[1])
@@ -152,7 +154,7 @@ class LayerStore:
     @property
     def takes_guesses(self) -> bool:
         """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
-        return self.attended is not Attended.PACKED
+        return self.attended is not Attended.PACKED or self._forms[0].is_exact
 
     def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
         """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
@@ -211,7 +213,8 @@ class LayerStore:
     def packed(self, rows: int, first: int, end: int) -> Iterator[PackedKeys]:
         """The same as they are kept, some rows at a time, tier by tier."""
         for _, parts, outside in self._decoded(rows, slice(first, end + 1)):
-            yield PackedKeys(parts[: len(parts) // 2], parts[len(parts) // 2 :], outside)
+            keys, values = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            yield PackedKeys(keys, values, outside, self._attend, is_single=not self.takes_guesses)
 
     def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
         """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its

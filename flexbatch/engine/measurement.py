@@ -21,12 +21,18 @@ from typing import Any
 
 import torch
 
-from flexbatch.engine.attention_rates import decode_attention_work, packed_attention_rate, prefill_attention_rate
+from flexbatch.engine.attention_rates import (
+    compressed_attention_rate,
+    decode_attention_work,
+    packed_attention_rate,
+    prefill_attention_rate,
+)
 from flexbatch.engine.linear_layers import as_multiplied
 from flexbatch.engine.product_rates import HIDDEN, gemm_curves, products, type_name
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
 from flexbatch.engine.timing import medians, seconds_of
+from flexbatch.kernels import exponent_codes
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.quantization import dequantize, quantize
 from flexbatch.memory.span_writer import SpanWriter
@@ -73,12 +79,14 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
         "attention_bytes": decode_attention_work(device).rate(),
         "host_attention_bytes": decode_attention_work(cpu).rate(),
         "packed_attention_numbers": packed_attention_rate(device),
+        "compressed_attention_numbers": compressed_attention_rate(device),
         "memory_copy": _copy_rate(cpu, cpu),
         "memory_touch": _touch_rate(),
         "disk_read": read,
         "host_to_device": _copy_rate(cpu, device),
         "device_to_host": _copy_rate(device, cpu),
         "dequantize_numbers": _dequantise_rate(device),
+        "expansion_numbers": _expansion_rate(device),
         "read_cpu_seconds": read_cpu,
         "layer_call_seconds": besides.layer_seconds,
         "pass_seconds": besides.pass_seconds,
@@ -124,6 +132,19 @@ def _dequantise_rate(device: torch.device) -> float:
     packed = quantize(torch.randn(HIDDEN, HIDDEN, device=device), 4, QUANTIZATION_GROUP)
     out = torch.empty(HIDDEN, HIDDEN, dtype=half_type(device), device=device)
     return out.numel() / seconds_of(partial(dequantize, packed, out), device)
+
+
+@torch.inference_mode()
+def _expansion_rate(device: torch.device) -> float:
+    """Numbers per second from a lossless copy to bfloat16, as a CPU expands a weight; 0 elsewhere."""
+    if device.type != "cpu":
+        return 0.0
+    numbers = random_values((4 * HIDDEN, HIDDEN), torch.bfloat16, device).view(-1, exponent_codes.CHUNK)
+    exceptions, out = exponent_codes.most_exceptions(numbers), torch.empty_like(numbers)
+    records = torch.zeros(len(numbers), exponent_codes.record_bytes(exceptions), dtype=torch.uint8)
+    exponent_codes.compress(numbers, exceptions, records)
+    work = [exponent_codes.Expansion(records, exceptions, out)]
+    return out.numel() / seconds_of(partial(exponent_codes.expand, work), device)
 
 
 def _write(file: Path) -> float:

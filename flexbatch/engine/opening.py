@@ -33,7 +33,8 @@ from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.attention_shape import attention_shape
-from flexbatch.plan.model_spec import is_attended_packed
+from flexbatch.plan.memory_need import cache_form
+from flexbatch.plan.model_spec import COMPRESSED, is_attended_packed
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.rows_in_flight import GuessRoom
@@ -125,12 +126,15 @@ class _Opened:
 
     def arena(self, policy: Policy, slots: int, span: int, slack: int) -> KVArena:
         counts = place_slots(self.stepped.num_layers, slots, policy.kv)
-        return KVArena(counts, slots, span, slack, self.storage, policy.kv_bits, self._attended(policy.kv_bits))
+        form = cache_form(policy)
+        return KVArena(counts, slots, span, slack, self.storage, form, self._attended(form))
 
     def _attended(self, bits: int) -> Attended:
-        """How the decode batch's attention takes a cache of so many bits."""
+        """How the decode batch's attention takes a cache of so many bits, or compressed."""
         if not self.stepped.merges_prefixes:
             return Attended.WHOLE
+        if bits == COMPRESSED:
+            return Attended.PACKED
         shape = attention_shape(self.stepped.model.config.to_dict())
         suits = self.stepped.lays_side_by_side and is_attended_packed(shape.head_sizes, bits)
         has_kernel = self.storage.device.type == "cpu" and packed_attention.is_available()

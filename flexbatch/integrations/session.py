@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from flexbatch.composition import load_config
 from flexbatch.config import Config
 from flexbatch.data.ledger import Ledger
 from flexbatch.data.writer import PartWriter
-from flexbatch.errors import ConfigError
+from flexbatch.errors import ConfigError, IncompressibleCache
 from flexbatch.records import Completion, Part, Prompt, Request, Row
 from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_text import Plan
@@ -31,7 +31,7 @@ from flexbatch.stages.generate import OnPass, generate
 from flexbatch.stages.identity import fingerprint
 from flexbatch.stages.model import Model, find_model
 from flexbatch.stages.opening import open_for
-from flexbatch.stages.planning import plan_run
+from flexbatch.stages.planning import plan_run, with_plain_cache
 from flexbatch.stages.results import output_rows
 from flexbatch.stages.work import Work
 
@@ -110,12 +110,18 @@ class Session:
             ledger.set_total(work.total or 0)
             if ledger.rows_written == work.total:
                 return
-            notice = PackingNotice(sys.stderr, lambda: None)
-            engine = open_for(config, model, work, plan_run(config, model, work), ledger.scratch, on_packing=notice)
+
+            def attempt(plan: Plan) -> None:
+                notice = PackingNotice(sys.stderr, lambda: None)
+                with closing(open_for(config, model, work, plan, ledger.scratch, on_packing=notice)) as engine:
+                    generate(engine, work, ledger, AnswerWriter(folder), on_pass or (lambda _result, _rows: None))
+
+            plan = plan_run(config, model, work)
             try:
-                generate(engine, work, ledger, AnswerWriter(folder), on_pass or (lambda _result, _rows: None))
-            finally:
-                engine.close()
+                attempt(plan)
+            except IncompressibleCache:
+                ledger.take_up()
+                attempt(with_plain_cache(plan, config.offload))
 
 
 class AnswerWriter(PartWriter):

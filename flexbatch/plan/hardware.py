@@ -32,8 +32,10 @@ class HardwareProfile:
     lies between the products (norms, residuals, activation functions, copies).
     `attention_flops` is the prefill attention's rate in FLOP/s, `attention_bytes` the KV bytes per second that decode
     attention reads on the device, `host_attention_bytes` the same by the CPU in main memory, `packed_attention_numbers`
-    the packed KV numbers that it reads on the device as they are kept (0: it expands them). `memory_touch` is how fast
-    main memory is found and cleared when it is first used. `dequantize_numbers` are packed numbers expanded per second.
+    the packed KV numbers that it reads on the device as they are kept (0: it expands them), and
+    `compressed_attention_numbers` those of a cache that is compressed without loss (0: there is none). `memory_touch`
+    is how fast main memory is found and cleared when it is first used. `dequantize_numbers` are packed numbers expanded
+    per second, `expansion_numbers` those of weights compressed without loss (0: as many as packed ones).
     `read_cpu_seconds` is processor time for one byte read from disk, which a CPU device takes away from its arithmetic
     (what reading does to the caches included). `layer_call_seconds` is what one layer costs besides what the other
     terms count, `pass_seconds` what one pass costs besides its layers. `process_bytes` is device memory in use before
@@ -64,6 +66,8 @@ class HardwareProfile:
     layer_call_seconds: float
     pass_seconds: float
     process_bytes: int
+    compressed_attention_numbers: float = 0.0
+    expansion_numbers: float = 0.0
 
     def gemm_rate(self, kind: str, rows: float, width: int = 4096) -> float:
         """FLOP/s of a linear layer of this hidden size with this many rows."""
@@ -89,7 +93,10 @@ def _between(curve: Curve, place: float) -> float:
 
 
 _BYTES = ("device_memory", "host_memory", "disk_space", "process_bytes")
+_NOT_THERE = {"compressed_attention_numbers": 0.0, "expansion_numbers": 0.0}
+"""What a hardware file need not say."""
 _MAY_BE_ZERO = {
+    *_NOT_THERE,
     "host_memory",
     "packed_attention_numbers",
     "read_cpu_seconds",
@@ -106,6 +113,7 @@ def profile_from_mapping(figures: Mapping[str, Any], *, where: str) -> HardwareP
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             raise _wrong(where, key, f"is not a figure of a machine{f'; did you mean {near[0]}?' if near else ''}")
+    figures = {**_NOT_THERE, **figures}
     missing = [field for field in fields if figures.get(field) is None]
     if missing:
         raise _wrong(where, missing[0], "is missing")

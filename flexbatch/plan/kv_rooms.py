@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 # Of a cache on disk: the newest columns, which wait in memory until they are written together; slots of a layer that
-# wait to be written; and a slot's parts, which begin on pages (plain, packed).
+# wait to be written; and a slot's parts at most, which begin on pages (plain; packed or compressed).
 TAIL_COLUMNS = 32
 OUTGOING_BLOCKS = 3
 PARTS, PACKED_PARTS = 2, 6

@@ -21,7 +21,7 @@ from flexbatch.plan.kv_rooms import (
     brought_at_once,
     reading_bytes,
 )
-from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed
+from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed, is_compressible
 from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.rows_in_flight import GUESSES, MOST_PACE, guessed_tokens, hastened, most_rows
@@ -68,6 +68,11 @@ def weight_form(policy: Policy) -> int:
     if policy.compressed:
         return COMPRESSED
     return INTEGERS if policy.compute == "int8" else policy.weight_bits
+
+
+def cache_form(policy: Policy) -> int:
+    """The bits that keys and values are kept and moved in."""
+    return COMPRESSED if policy.compressed_cache else policy.kv_bits
 
 
 def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
@@ -143,20 +148,30 @@ def _most_on_disk(layers: int, slots: int, shares: Shares) -> int:
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
-    per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec)) / len(spec.layers)
+    per_token = spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec)) / len(spec.layers)
     return math.ceil(columns(workload.as_run(policy.prefix_sharing)) * per_token)
 
 
 def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
-    """Whether decode attention reads a packed cache as it is kept."""
+    """Whether decode attention reads a packed or compressed cache as it is kept."""
+    if policy.compressed_cache:
+        return True
     if policy.kv_bits == 16 or not (spec.side_by_side and hardware.packed_attention_numbers):
         return False
     return all(is_attended_packed(sizes, policy.kv_bits) for sizes in spec.head_sizes)
 
 
+def may_compress_cache(spec: ModelSpec, hardware: HardwareProfile) -> bool:
+    """Whether keys and values can be kept in fewer bytes without loss: bfloat16 by a CPU whose attention reads them."""
+    can_be = spec.side_by_side and spec.compute_dtype == "bfloat16" and hardware.compressed_attention_numbers > 0
+    return can_be and all(
+        is_compressible(layer.kv_size // sum(layer.head_sizes), layer.head_sizes) for layer in spec.layers
+    )
+
+
 def is_gathered(spec: ModelSpec, policy: Policy) -> bool:
     """Whether attention, which is not ours, is to find all tiers' keys and values in one place, on the device."""
-    return policy.kv.device < 1.0 - 1e-9 and policy.kv_bits == 16 and not spec.side_by_side
+    return policy.kv.device < 1.0 - 1e-9 and cache_form(policy) == 16 and not spec.side_by_side
 
 
 def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> tuple[Need, ...]:
@@ -231,7 +246,7 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
     unit, counts = kv_unit_bytes(spec, workload, policy), kv_units(spec, policy)
     plain = math.ceil(span(workload) * spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers))
     items = [Need("KV cache", tier, count * unit) for tier, count in counts.items()]
-    if policy.kv_bits < 16:
+    if cache_form(policy) < 16:
         # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn: of some
         # rows at a time, of all for attention that is not ours, or of the one whose prompt enters in parts.
         rows = min(policy.slots, brought_at_once(plain)) if spec.side_by_side else policy.slots
@@ -260,7 +275,7 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
 def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, unit: int, workload: Workload) -> int:
     """What is in memory of a cache on disk: rooms to read a layer's slots into, blocks to be written, in each layer the
     slot of the row that enters in parts, and the newest columns."""
-    block = unit + PAGE * (PARTS if policy.kv_bits == 16 else PACKED_PARTS)
+    block = unit + PAGE * (PARTS if cache_form(policy) == 16 else PACKED_PARTS)
     reading = reading_bytes(most_on_disk(spec, policy), block)
     blocks = OUTGOING_BLOCKS + min(units, len(spec.layers))
     return reading + blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
@@ -281,7 +296,7 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     inner = (2 * spec.intermediate_size + 4 * spec.hidden_size + 4 * query) * size
     if spec.mixtures:  # an expert's tokens and what it makes of them, in float32 twice, beside the sums
         inner += 6 * spec.hidden_size * size
-    if policy.kv_bits < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
+    if cache_form(policy) < 16:  # a prompt's keys and values as made, as packed, and as attention sees them
         inner += 2 * max(layer.kv_size for layer in spec.layers) * size
     if weight_form(policy) == INTEGERS:  # the widest product as int32 before it is scaled
         inner += 2 * spec.intermediate_size

@@ -14,7 +14,7 @@ from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
-from flexbatch.plan.memory_need import needs
+from flexbatch.plan.memory_need import may_compress_cache, needs
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import ALL_DEVICE, Policy
 from flexbatch.plan.refusal import infeasible
@@ -33,6 +33,9 @@ CLOSE = 0.002
 
 # Part of the time for which twice the memory is not taken.
 NOTHING_TO_SPEAK_OF = 0.01
+
+# Part of the time that a compressed cache must save.
+WORTH_IT = 0.02
 
 # Rows whose plan a longer job follows where all is resident in main memory. The longer the job, the more slots still
 # bring a little, because it pays only once for filling and emptying them; but what a job holds must not grow with it.
@@ -67,12 +70,25 @@ def choose_policy(
     """
     check_formats(spec, hardware, offload)
     search = _Search(spec, hardware, workload, offload, limits_of(hardware, offload), base_policy(offload))
-    best = _plain_or_compressed(search)
+    best = _of_all_forms(search)
     if best is None and search.base.guesses:  # they take memory that nothing else may be left of
-        best = _plain_or_compressed(replace(search, base=replace(search.base, guesses=False)))
+        best = _of_all_forms(replace(search, base=replace(search.base, guesses=False)))
     if best is None:
         raise infeasible(spec, hardware, workload, offload, search.limits)
     return best.policy, best
+
+
+def _of_all_forms(search: _Search) -> Prediction | None:
+    """The fastest policy, with weights and cache as they are or in fewer bytes; None where nothing fits."""
+    best, choice = _plain_or_compressed(search), search.offload.compressed_cache
+    can_be = search.offload.kv_bits == 16 and may_compress_cache(search.spec, search.hardware)
+    if choice == "never" or not can_be or (choice == "auto" and best is not None and _is_resident(best.policy)):
+        return best
+    weights = best is not None and best.policy.compressed
+    other = _best(replace(search, base=replace(search.base, compressed=weights, compressed_cache=True)))
+    if not (best and other):
+        return best or other
+    return other if choice == "always" or other.seconds < best.seconds * (1.0 - WORTH_IT) else best
 
 
 def _plain_or_compressed(search: _Search) -> Prediction | None:

@@ -48,7 +48,8 @@ class Policy:
 
     `slots` rows are in flight; about `prefill_tokens` prompt tokens join per pass (see `admission.Admission`);
     `prefetch_bytes` bounds the weights that are on their way or wait on the device (0: see `placement.stream_bytes`).
-    With `compressed` the layers' matrices are kept and moved in fewer bytes, without loss. With `more_if_short` there
+    With `compressed` the layers' matrices, with `compressed_cache` the KV cache of 16 bits, are kept and moved in fewer
+    bytes, without loss. With `more_if_short` there
     may be more rows in flight where rows are shorter than the job's longest and all the cache is in one memory. With
     `guesses` rows may gain several tokens in a pass that waits for weights.
     """
@@ -65,6 +66,7 @@ class Policy:
     host_attention: bool = False
     prefetch_bytes: int = 0
     compressed: bool = False
+    compressed_cache: bool = False
     more_if_short: bool = False
     guesses: bool = False
 

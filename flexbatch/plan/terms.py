@@ -12,6 +12,7 @@ from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     Need,
     attends_packed,
+    cache_form,
     first_used_bytes,
     held_weights,
     is_gathered,
@@ -129,7 +130,9 @@ def decode_terms(
     away = nbytes * (1.0 - policy.kv.device) if policy.host_attention else 0.0
     if attends_packed(spec, hardware, policy):
         numbers = nbytes / number_bytes(spec)
-        yield Term("decode attention", resource, numbers / hardware.packed_attention_numbers, numbers, "numbers")
+        compressed = policy.compressed_cache
+        speed = hardware.compressed_attention_numbers if compressed else hardware.packed_attention_numbers
+        yield Term("decode attention", resource, numbers / speed, numbers, "numbers")
     else:
         yield Term("decode attention", resource, (nbytes - away) / rate, nbytes - away, "bytes")
     if away:
@@ -175,15 +178,13 @@ def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy, kep
     elif from_host:
         yield Term("weights copied", Resource.COMPUTE, from_host / hardware.memory_copy, from_host, "bytes")
     form = weight_form(policy)
-    if form in (8, 4, COMPRESSED):  # whatever they are expanded from, it is the memory that takes the time
-        numbers = spec.packed_numbers
-        yield Term(
-            "dequantise" if form > 0 else "expand weights",
-            Resource.COMPUTE,
-            numbers / hardware.dequantize_numbers,
-            numbers,
-            "numbers",
-        )
+    numbers = spec.packed_numbers
+    if form in (8, 4):
+        seconds = numbers / hardware.dequantize_numbers
+        yield Term("dequantise", Resource.COMPUTE, seconds, numbers, "numbers")
+    elif form == COMPRESSED:
+        seconds = numbers / (hardware.expansion_numbers or hardware.dequantize_numbers)
+        yield Term("expand weights", Resource.COMPUTE, seconds, numbers, "numbers")
     elif form == 16 and spec.stored_dtype != spec.compute_dtype and streamed:
         yield Term("convert weights", Resource.COMPUTE, streamed / hardware.memory_copy, streamed, "bytes")
 
@@ -192,7 +193,7 @@ def kv_terms(
     spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, load: PassLoad
 ) -> Iterator[Term]:
     """KV cache that is not on the device: gathered for decode and written for new tokens, while the maths waits."""
-    per_token = spec.kv_bytes_per_token(policy.kv_bits, number_bytes(spec))
+    per_token = spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec))
     old = load.decoding * (workload.own_tokens + workload.new_tokens) * per_token
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
     on_disk, on_host = policy.kv.disk, policy.kv.host
@@ -220,13 +221,14 @@ def kv_terms(
     if is_gathered(spec, policy):
         nbytes = old * policy.kv.device if hardware.has_accelerator else old
         yield Term("KV gathered", Resource.COMPUTE, nbytes / _device_copy(hardware), nbytes, "bytes")
-    if policy.kv_bits < 16:
+    if cache_form(policy) < 16:
         # Decoding rows expand all that they attend to, where attention does not read it as it is kept; whoever makes a
         # token packs it, and prompts see theirs expanded, those that enter in parts all that came before.
         fed = load.joining * workload.own_tokens + load.groups * workload.shared_tokens
         packed = (fed + load.decoding) * spec.kv_numbers_per_token
         parts = max(1.0, workload.own_tokens / policy.prefill_tokens) if policy.shortest_part else 1.0
-        seen = fed * (1.0 + parts) / 2.0
+        own = -1.0 if policy.compressed_cache else 1.0  # what is as it was made need not be expanded at once
+        seen = fed * (parts + own) / 2.0
         seen += 0.0 if attends_packed(spec, hardware, policy) else old / per_token
         expanded = seen * spec.kv_numbers_per_token
         yield Term("KV expanded", Resource.COMPUTE, expanded / hardware.dequantize_numbers, expanded, "numbers")

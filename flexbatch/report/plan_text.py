@@ -14,7 +14,7 @@ from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, gibibytes
-from flexbatch.plan.memory_need import kv_units, weight_form
+from flexbatch.plan.memory_need import cache_form, kv_units, weight_form
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Shares, Tier
 from flexbatch.plan.rows_in_flight import most_rows
@@ -51,7 +51,10 @@ def plan_lines(plan: Plan, advice: Sequence[Advice] = ()) -> list[str]:
     """The plan in five lines."""
     spec, made = plan.spec, plan.prediction
     policy = made.policy
-    weights, kv = gibibytes(spec.weight_bytes(weight_form(policy))), gibibytes(spec.kv_bytes_per_token(policy.kv_bits))
+    weights, kv = (
+        gibibytes(spec.weight_bytes(weight_form(policy))),
+        gibibytes(spec.kv_bytes_per_token(cache_form(policy))),
+    )
     bits = "" if policy.weight_bits == 16 else f" in {policy.weight_bits} bits"
     compressed = f" (compressed to {100 * spec.compressed_share:.0f} %)" if policy.compressed else ""
     return [
@@ -108,7 +111,7 @@ def placement_table(plan: Plan) -> Table:
     kv = sum(item.nbytes for item in plan.prediction.needs if item.what == "KV cache")
     total = max(1, sum(units.values()))
     table.add_row(
-        f"KV cache ({policy.kv_bits} bits, {policy.slots} slots)",
+        f"KV cache ({'compressed' if policy.compressed_cache else f'{policy.kv_bits} bits'}, {policy.slots} slots)",
         *(gibibytes(kv * units[tier] / total) if units[tier] else "" for tier in Tier),
     )
     table.add_row("hidden states", *(f"{100 * share:.3g} %" if share else "" for share in _by_tier(policy.hidden)))

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from flexbatch.composition import bundled
-from flexbatch.config import Config
+from flexbatch.config import Config, OffloadConfig
 from flexbatch.engine.calibration import familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.memory.compressed_weight import compressed_share, estimated_share
@@ -54,6 +54,13 @@ def make_plan(config: Config, model: Model, work: Work, *, measure: bool, makes_
     guesses = config.offload.lookup and config.prompt.padding != "max_length"  # padded rows do not lie side by side
     _, prediction = choose_policy(spec, hardware, workload, replace(config.offload, lookup=guesses))
     return Plan(spec, hardware, workload, limits_of(hardware, config.offload), prediction)
+
+
+def with_plain_cache(plan: Plan, offload: OffloadConfig) -> Plan:
+    """The plan for keys and values as the model makes them. CapacityError where those do not fit."""
+    plain = replace(offload, compressed_cache="never", lookup=plan.prediction.policy.guesses)
+    _, prediction = choose_policy(plan.spec, plan.hardware, plan.workload, plain)
+    return replace(plan, prediction=prediction)
 
 
 def with_fewer_slots(plan: Plan) -> Plan | None:

@@ -81,8 +81,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# For what depends on the size of heads and not on the family: a packed cache of these is read as it is kept.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {"llama-wide": ("llama", {**_LLAMA, "head_dim": 64})}
+# For what depends on the size of heads and not on the family: a packed or compressed cache of these is read as it is
+# kept.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-wide": ("llama", {**_LLAMA, "head_dim": 64}),
+    "opt-wide": ("opt", {**_OPT, "num_attention_heads": 1}),
+}
 
 _FOLDERS: list[TemporaryDirectory[str]] = []
 """Those of saved models, removed when the process ends."""

@@ -22,13 +22,16 @@ from flexbatch.memory.direct_io import PAGE, AlignedBuffer
 from flexbatch.memory.disk_file import DiskFile
 from flexbatch.plan import kv_rooms
 from flexbatch.plan.kv_rooms import AHEAD_BYTES, OUTGOING_BLOCKS, ROOM_BYTES, reading_bytes, reading_rooms
+from flexbatch.plan.model_spec import COMPRESSED
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.records import Request, Sampling
 from tests.engine.families import prompts, reference, saved
 from tests.engine.running import answer, assert_same_tokens, engine
 
 CPU = torch.device("cpu")
-LAYERS, SLOTS, HEADS, SIZE, SPAN, SLACK, TAIL = 3, 4, 2, 8, 12, 4, 3
+LAYERS, SLOTS, HEADS, SPAN, SLACK, TAIL = 3, 4, 2, 12, 4, 3
+SIZES = {16: 8, 8: 8, 4: 8, COMPRESSED: 64}
+"""Of a head, by the bits of the cache."""
 States = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,14 +62,14 @@ class Rows:
     """An arena beside plain lists of what each row's tokens are, layer by layer."""
 
     def __init__(self, tiers: tuple[int, int], bits: int, seed: int, folder: Path) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator, self._size = torch.Generator().manual_seed(seed), SIZES[bits]
         self.storage = Storage(CPU, Limits().budgets(), folder)
         self.arena = KVArena([tiers] * LAYERS, SLOTS, SPAN, SLACK, self.storage, bits)
         self.tokens: dict[int, list[torch.Tensor]] = {}  # by slot: one `[layers, 2, heads, size]` for each token
         self.entering: tuple[int, list[torch.Tensor], int] | None = None
 
     def new(self, count: int) -> list[torch.Tensor]:
-        states = torch.randn(LAYERS, 2, 1, HEADS, count, SIZE, generator=self._generator).bfloat16()
+        states = torch.randn(LAYERS, 2, 1, HEADS, count, self._size, generator=self._generator).bfloat16()
         for layer, store in enumerate(self.arena.layers):
             store.prepare(*states[layer])
         return list(states[:, :, 0].unbind(3))
@@ -131,7 +134,7 @@ class Rows:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from([16, 8, 4]),
+    bits=st.sampled_from(list(SIZES)),
     tiers=st.sampled_from([(0, 0), (2, 0), (1, 1), (3, 0)]),
     rooms=st.sampled_from([(1, 1), (6 * PAGE, 1), (1, 18 * PAGE), (ROOM_BYTES, AHEAD_BYTES)]),
     steps=st.lists(
@@ -188,7 +191,7 @@ def test_what_is_on_disk_is_in_memory_only_by_a_few_layers(tmp_path: Path) -> No
     rows.one_pass()
     booked = rows.storage.budgets[Tier.DEVICE].by_purpose["KV from disk"]
     block = 2 * PAGE  # keys and values, each less than a page
-    tails = LAYERS * SLOTS * 2 * HEADS * kv_disk.TAIL_COLUMNS * SIZE * 2
+    tails = LAYERS * SLOTS * 2 * HEADS * kv_disk.TAIL_COLUMNS * SIZES[16] * 2
     at_once, rooms = reading_rooms(SLOTS, block)
     assert (at_once, rooms) == (SLOTS, 2)
     assert booked == tails + (at_once * rooms + OUTGOING_BLOCKS) * block

@@ -230,7 +230,7 @@ def test_packed_bytes_are_those_that_the_plan_counts_and_errors_stay_below_half_
     form = PackedForm(bits)
     parts = form.pack(states)
     assert sum(part.nbytes for part in parts) == 3 * 2 * 5 * packed_head_bytes(head, bits)
-    assert [(part.shape[-1], part.dtype) for part in parts] == list(form.stored(head, states.dtype))
+    assert [(part.shape[1], part.shape[-1], part.dtype) for part in parts] == list(form.stored(2, head, states.dtype))
     back = torch.empty_like(states)
     form.unpack(parts, back)
     group = kv_group_size(head)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError
 from flexbatch.plan.compressed_file import has_room, making_seconds
+from flexbatch.plan.cost_model import predict
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.optimizer import choose_policy
-from flexbatch.plan.policy import Tier
+from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
 from tests.plan.examples import GIB, machine, model
 
@@ -50,6 +51,19 @@ def test_a_long_job_that_waits_for_the_disk_is_faster_by_nearly_as_much_as_it_re
     policy, made = choose_policy(compressible(), SLOW_DISK, work, offload())
     assert policy.compressed
     assert 1.25 < plain.seconds / made.seconds < 1.6
+
+
+def test_it_is_expanded_at_a_rate_of_its_own_where_that_was_measured() -> None:
+    spec, policy = compressible(), Policy(Shares(0, 0), slots=8, prefill_tokens=256, compressed=True)
+    seconds = [
+        predict(spec, machine("cpu-2core", expansion_numbers=rate), Workload.uniform(16), policy).terms[
+            "expand weights"
+        ]
+        for rate in (0, 2e9, 4e9)
+    ]
+    packed, slow, fast = (term.seconds for term in seconds)
+    assert slow == pytest.approx(2 * fast)
+    assert packed * machine("cpu-2core").dequantize_numbers == pytest.approx(slow * 2e9)
 
 
 def test_a_short_job_does_not_make_it_but_uses_one_that_is_there() -> None:
