@@ -101,10 +101,11 @@ def test_rows_that_share_a_prefix_guess_too(
     always(knowing([row + tuple(said) for row, said in zip(rows, want, strict=True)]))
     policy = replace(POLICY, kv=kv, host_attention=True)
     running = engine(saved(family), policy, 60 + NEW_TOKENS, tmp_path, guess_room=100, logits_of_guesses=8)
+    guesses = running._caller.stepped.lays_side_by_side  # before transformers 5.2x GPT-J has an attention of its own
     done, passes = answer(running, requests_of(rows, shared=len(prefix)))
     for index, row in enumerate(rows):
         assert_same_tokens(family, row, done[index].token_ids, want[index])
-    assert counts(passes)[1] > 0
+    assert (counts(passes)[1] > 0) is guesses
 
 
 @pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
