@@ -86,7 +86,7 @@ def compressed_attention_rate(device: torch.device) -> float:
 def _decoding(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, a layer's arena of keys and values `[2, rows, heads, columns, head_dim]`, and what may be seen of it."""
     dtype = half_type(device)
-    # Made in half precision, one normal number in fifty would be zero with torch 2.11.
+    # Made in half precision, one normal number in 170 would be zero with torch 2.11.
     arena = torch.randn(2, ROWS, HEADS, COLUMNS.stop + COLUMNS.start, SIZE, device=device).to(dtype)
     query = torch.randn(ROWS, HEADS, 1, SIZE, dtype=dtype, device=device)
     return query, arena, torch.ones(ROWS, 1, 1, COLUMNS.stop - COLUMNS.start, dtype=torch.bool, device=device)
