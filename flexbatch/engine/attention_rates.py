@@ -10,19 +10,16 @@ import torch
 from torch.nn import functional
 
 from flexbatch.engine.attention import attend
+from flexbatch.engine.kv_form import Attend, CompressedForm, KVForm, PackedForm
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import Work, seconds_of
 from flexbatch.kernels import packed_attention
 from flexbatch.kernels.compressed_attention import compressed_attention
-from flexbatch.kernels.compressed_states import compress
-from flexbatch.kernels.packed_numbers import GROUP
-from flexbatch.memory.quantization import quantize
 
 HEADS, SIZE = 16, 64
 PROMPT = 512
 ROWS, COLUMNS = 8, slice(80, 592)
 """That decode, and of the arena what they see."""
-EXCEPTIONS = 8
 LAYERS = 16
 """Whose caches are read in turn: together more than a processor's own cache keeps."""
 
@@ -59,14 +56,7 @@ def packed_attention_rate(device: torch.device) -> float:
     """Numbers per second of the same to a cache of 8 bits; 0 where nothing reads it as it is kept."""
     if device.type != "cpu" or not packed_attention.is_available():
         return 0.0
-    query, arena, mask = _decoding(device)
-    made = quantize(arena, 8, GROUP)
-    calls = []
-    for _ in range(LAYERS):
-        parts = [_seen(part.clone()) for part in (made.values, made.scale, made.minimum)]
-        keys, values = (tuple(part[which] for part in parts) for which in (0, 1))
-        calls.append(partial(packed_attention.packed_attention, query, keys, values, mask, SIZE**-0.5))
-    return arena[..., COLUMNS, :].numel() / seconds_of(_in_turn(calls), device)
+    return _rate_of(packed_attention.packed_attention, PackedForm(8), device)
 
 
 @torch.inference_mode()
@@ -74,12 +64,17 @@ def compressed_attention_rate(device: torch.device) -> float:
     """The same of a cache that is compressed without loss."""
     if device.type != "cpu":
         return 0.0
+    return _rate_of(compressed_attention, CompressedForm(), device)
+
+
+def _rate_of(attend: Attend, form: KVForm, device: torch.device) -> float:
+    """Numbers per second of attention to a cache that is kept so."""
     query, arena, mask = _decoding(device)
-    keys, values = (compress(arena[which], EXCEPTIONS) for which in (0, 1))
+    made = [form.pack(states) for states in arena]
     calls = []
     for _ in range(LAYERS):
-        seen = [tuple(part.clone()[:, :, COLUMNS] for part in parts) for parts in (keys, values)]
-        calls.append(partial(compressed_attention, query, seen[0], seen[1], mask, SIZE**-0.5))
+        keys, values = (tuple(part.clone()[:, :, COLUMNS] for part in parts) for parts in made)
+        calls.append(partial(attend, query, keys, values, mask, SIZE**-0.5))
     return arena[..., COLUMNS, :].numel() / seconds_of(_in_turn(calls), device)
 
 

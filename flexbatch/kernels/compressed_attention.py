@@ -271,7 +271,7 @@ def _list_exceptions(states: Any, row: int, start: int, columns: int, size: int,
     is done once for all heads: their counts lie far apart. A column that nothing sees may hold anything."""
     count, places, exceptions = 0, states.exception_steps[1] // LISTED_BYTES, states.exceptions
     for column in range(start, columns):
-        at = row * states.exception_steps[0] + column * states.exception_steps[1]
+        at = _told(states, row, column, 0)
         for each in range(min(exceptions[at], places)):
             place = 1 + LISTED_BYTES * each
             if exceptions[at + place + 1] < size:
@@ -280,15 +280,26 @@ def _list_exceptions(states: Any, row: int, start: int, columns: int, size: int,
     return count
 
 
+@njit(nogil=True, inline="always")
+def _told(states: Any, row: int, column: int, place: int) -> Any:
+    """Where a listed exception's head is told; behind it are its index and its exponent."""
+    return row * states.exception_steps[0] + column * states.exception_steps[1] + place
+
+
+@njit(nogil=True, inline="always")
+def _exception(states: Any, row: int, head: int, column: int, told: int) -> Any:
+    """The index of a head's exception, and the number."""
+    index, at = states.exceptions[told + 1], _place(states, row, head) + column * states.steps[2]
+    return index, widened(joined(states.codes[at + index], states.exceptions[told + 2]))
+
+
 @njit(nogil=True)
 def _add_exceptional_keys(keys: Any, row: int, head: int, listing: Any, count: int, asked: Any, scores: Any) -> None:
     """Adds the products with a head's exceptions, whose codes stand for zero."""
-    for each in range(count):
-        column = listing[each, 0]
-        place = row * keys.exception_steps[0] + column * keys.exception_steps[1] + listing[each, 1]
-        if keys.exceptions[place] == head:
-            index, at = keys.exceptions[place + 1], _place(keys, row, head) + column * keys.steps[2]
-            key = widened(joined(keys.codes[at + index], keys.exceptions[place + 2]))
+    for column, place in listing[:count]:
+        told = _told(keys, row, column, place)
+        if keys.exceptions[told] == head:
+            index, key = _exception(keys, row, head, column, told)
             for query in range(len(asked)):
                 scores[query, column] += asked[query, index] * key
 
@@ -296,11 +307,9 @@ def _add_exceptional_keys(keys: Any, row: int, head: int, listing: Any, count: i
 @njit(nogil=True)
 def _add_exceptional_values(values: Any, row: int, head: int, listing: Any, count: int, shares: Any, sums: Any) -> None:
     """The same of the values by their shares."""
-    for each in range(count):
-        column = listing[each, 0]
-        place = row * values.exception_steps[0] + column * values.exception_steps[1] + listing[each, 1]
-        if values.exceptions[place] == head:
-            index, at = values.exceptions[place + 1], _place(values, row, head) + column * values.steps[2]
-            value = widened(joined(values.codes[at + index], values.exceptions[place + 2]))
+    for column, place in listing[:count]:
+        told = _told(values, row, column, place)
+        if values.exceptions[told] == head:
+            index, value = _exception(values, row, head, column, told)
             for query in range(len(sums)):
                 sums[query, index] += shares[query, column] * value

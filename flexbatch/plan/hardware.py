@@ -93,7 +93,11 @@ def _between(curve: Curve, place: float) -> float:
 
 
 _BYTES = ("device_memory", "host_memory", "disk_space", "process_bytes")
-_NOT_THERE = {"compressed_attention_numbers": 0.0, "expansion_numbers": 0.0}
+_NOT_THERE = {
+    field.name: field.default
+    for field in dataclasses.fields(HardwareProfile)
+    if field.default is not dataclasses.MISSING
+}
 """What a hardware file need not say."""
 _MAY_BE_ZERO = {
     *_NOT_THERE,

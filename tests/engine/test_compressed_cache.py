@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.errors import IncompressibleCache
-from flexbatch.plan.kv_rooms import PACKED_PARTS, PAGE
-from flexbatch.plan.memory_need import kv_unit_bytes, kv_units, needs
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
 from flexbatch.records import Completion, Request, Sampling
 from tests.engine.families import loaded, prompts, saved
 from tests.engine.running import answer, engine
 from tests.engine.test_guesses import Drafts, always, counts, knowing  # noqa: F401 - a fixture
+from tests.engine.test_packed_kv import assert_slots_are_booked
 from tests.plan.examples import machine
 
 WIDE = ["llama-wide", "opt-wide"]
@@ -112,10 +112,7 @@ def test_the_budgets_hold_exactly_what_the_plan_says(family: str, tmp_path: Path
     iterator = running.run(asked)
     for _ in range(4):
         next(iterator)
-    unit = kv_unit_bytes(spec, workload, policy)
-    for tier, count in kv_units(spec, policy).items():
-        padding = budgets[tier].by_purpose.get("KV cache", 0) - count * unit
-        assert padding == 0 or (tier is Tier.DISK and 0 < padding < count * PACKED_PARTS * PAGE)
+    assert_slots_are_booked(budgets, spec, workload, policy)
     planned = {need.what: need.nbytes for need in needs(spec, machine("cpu-2core"), workload, policy)}
     booked = budgets[Tier.DEVICE].by_purpose
     assert booked["KV of one layer, expanded"] == planned["KV of one layer, expanded"]

@@ -22,9 +22,10 @@ from flexbatch.engine.model import cache_argument
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
+from flexbatch.memory.tiers import TierBudget
 from flexbatch.plan.kv_rooms import PACKED_PARTS, PAGE
 from flexbatch.plan.memory_need import kv_unit_bytes, kv_units, needs
-from flexbatch.plan.model_spec import key_bits, kv_group_size, packed_head_bytes
+from flexbatch.plan.model_spec import ModelSpec, key_bits, kv_group_size, packed_head_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.workload import Workload
 from flexbatch.records import Completion, Request, Sampling
@@ -238,6 +239,16 @@ def test_packed_bytes_are_those_that_the_plan_counts_and_errors_stay_below_half_
     assert bool(((back - states).abs() <= half * 1.001 + 1e-5).all())
 
 
+def assert_slots_are_booked(
+    budgets: Mapping[Tier, TierBudget], spec: ModelSpec, workload: Workload, policy: Policy
+) -> None:
+    """As the plan counts them; on disk, parts begin on pages."""
+    unit = kv_unit_bytes(spec, workload, policy)
+    for tier, count in kv_units(spec, policy).items():
+        padding = budgets[tier].by_purpose.get("KV cache", 0) - count * unit
+        assert padding == 0 or (tier is Tier.DISK and 0 < padding < count * PACKED_PARTS * PAGE)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("family", ["llama", "llama-wide", "bloom", "gemma"])
 def test_the_budgets_hold_exactly_what_the_plan_says(family: str, bits: int, tmp_path: Path) -> None:
@@ -251,10 +262,7 @@ def test_the_budgets_hold_exactly_what_the_plan_says(family: str, bits: int, tmp
     iterator = running.run(iter([Request(index, prompt, sampling) for index, prompt in enumerate(rows)]))
     for _ in range(3):
         next(iterator)
-    unit = kv_unit_bytes(spec, workload, policy)
-    for tier, count in kv_units(spec, policy).items():
-        padding = budgets[tier].by_purpose.get("KV cache", 0) - count * unit
-        assert padding == 0 or (tier is Tier.DISK and 0 < padding < count * PACKED_PARTS * PAGE)
+    assert_slots_are_booked(budgets, spec, workload, policy)
     planned = {need.what: need.nbytes for need in needs(spec, machine("cpu-2core"), workload, policy)}
     what = "KV of one layer, expanded"
     if family == "llama-wide":  # only prompts that enter in parts would be expanded, one at a time

@@ -11,6 +11,7 @@ from flexbatch.kernels.compressed_attention import compressed_attention
 from flexbatch.kernels.compressed_states import Compressed, compress
 from flexbatch.kernels.floats import LOWEST
 from tests.kernels.test_decode_attention import expected, states
+from tests.kernels.test_packed_attention import assert_rows_stand_alone
 
 PLACES = 200
 
@@ -95,16 +96,7 @@ def test_what_lies_before_a_row_may_be_anything() -> None:
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_row_does_not_depend_on_its_company_or_on_the_threads(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = (compress(with_small_ones(states(6, 8, 90, 64, seed=s), s), PLACES) for s in (0, 1))
-    query = states(6, 8, queries, 64, seed=2)
-    together, _ = compressed_attention(query, keys, values, None, 0.125)
-    for row in range(6):
-        mine = slice(row, row + 1)
-        alone, _ = compressed_attention(
-            query[mine], tuple(part[mine] for part in keys), tuple(part[mine] for part in values), None, 0.125
-        )
-        assert torch.equal(alone, together[mine])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(compressed_attention(query, keys, values, None, 0.125)[0], together)
+    assert_rows_stand_alone(compressed_attention, states(6, 8, queries, 64, seed=2), keys, values, monkeypatch)
 
 
 def test_large_scores_neither_overflow_nor_vanish_and_no_number_stays_none() -> None:

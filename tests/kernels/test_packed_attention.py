@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexbatch.engine.kv_form import Attend, Parts
 from flexbatch.kernels.floats import LOWEST
 from flexbatch.kernels.packed_attention import Packed, is_available, packed_attention
 from flexbatch.kernels.packed_numbers import GROUP
@@ -85,18 +86,24 @@ def test_what_lies_before_a_row_may_be_anything() -> None:
         assert torch.equal(got, wanted)
 
 
-def test_a_row_does_not_depend_on_its_company_or_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, values = packed(states(6, 8, 90, 64), 8), packed(states(6, 8, 90, 64, seed=1), 8)
-    query = states(6, 8, 1, 64, seed=2)
-    together, _ = packed_attention(query, keys, values, None, 0.125)
-    for row in range(6):
+def assert_rows_stand_alone(
+    attend: Attend, query: torch.Tensor, keys: Parts, values: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row by itself, and all of them on other threads, get what they get together."""
+    together, _ = attend(query, keys, values, None, 0.125)
+    for row in range(len(query)):
         mine = slice(row, row + 1)
-        alone, _ = packed_attention(
+        alone, _ = attend(
             query[mine], tuple(part[mine] for part in keys), tuple(part[mine] for part in values), None, 0.125
         )
         assert torch.equal(alone, together[mine])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(packed_attention(query, keys, values, None, 0.125)[0], together)
+    assert torch.equal(attend(query, keys, values, None, 0.125)[0], together)
+
+
+def test_a_row_does_not_depend_on_its_company_or_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = packed(states(6, 8, 90, 64), 8), packed(states(6, 8, 90, 64, seed=1), 8)
+    assert_rows_stand_alone(packed_attention, states(6, 8, 1, 64, seed=2), keys, values, monkeypatch)
 
 
 def test_what_a_mask_adds_is_added() -> None:
