@@ -8,8 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Bytes by which a process that stays near the limit must have grown before freed memory is given back again: giving
-# back costs time, because pages that are used again have to be found and cleared again.
+# What a process that stays near the limit may keep of its headroom as freed memory before that is given back again: in
+# most cases the next call finds it and needs no more. Giving back costs time, because pages that are used again have to
+# be found and cleared again: a step of less than a call takes made a tenth of a pass of OPT-1.3B (docs/benchmarks.md).
+# The rest of the headroom is for blocks that are not found again. At least STEP bytes, where there is little headroom.
+KEPT = 0.75
 STEP = 16 << 20
 
 # What a run touches of libraries' files, and what the kernel keeps for the process. A limit counts it even while the
@@ -30,11 +33,13 @@ class Heap:
 
     def __init__(self, limit: int = sys.maxsize, headroom: int = 0) -> None:
         self._limit, self._headroom, self._trim = limit, headroom, _malloc_trim()
-        self._threshold = self._enough = limit - headroom
+        self.lend(0)
 
     def lend(self, nbytes: int) -> None:
         """So much of the headroom goes to others from now on, and with it what was freed."""
-        self._threshold = self._enough = self._limit - self._headroom + nbytes
+        left = self._headroom - nbytes
+        self._threshold = self._enough = self._limit - left
+        self._step = max(STEP, int(KEPT * left))
         if self._trim is not None and nbytes:
             self._trim()
 
@@ -42,7 +47,7 @@ class Heap:
         """To be called wherever much may have been freed since the last time."""
         if self._trim is not None and counted_bytes() > self._threshold:
             self._trim()
-            self._threshold = max(self._enough, counted_bytes() + STEP)
+            self._threshold = max(self._enough, counted_bytes() + self._step)
 
 
 def counted_bytes() -> int:

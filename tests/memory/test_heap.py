@@ -80,3 +80,20 @@ def test_it_is_not_asked_for_again_before_the_process_has_grown(monkeypatch: pyt
     grown.tensor.fill_(1)
     full.settle()
     assert len(calls) == 2
+
+
+def test_what_a_call_frees_stays_for_the_next_one_once_what_was_free_before_is_given_back() -> None:
+    before = counted_bytes()
+    full = Heap(before + 160 * MIB, headroom=240 * MIB)
+    first = holes()
+    full.settle()
+    after = counted_bytes()
+    assert before + 160 * MIB - after > 100 * MIB
+    second = holes()  # some 160 MiB again, less than three quarters of what a call may take
+    full.settle()
+    assert counted_bytes() - after > 100 * MIB
+    grown = AlignedBuffer(64 * MIB)  # beside the heap: with what it keeps more than three quarters
+    grown.tensor.fill_(1)
+    full.settle()
+    assert counted_bytes() - after < 100 * MIB
+    assert len(first) == len(second) == 40
