@@ -20,13 +20,21 @@ from flexbatch.kernels.flat_memory import bits
 from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
 from flexbatch.kernels.threads import add_to, share_out, take
 from flexbatch.kernels.tile_registers import LINE, ROWS, SIDE, STEP, begin, end, one_by_two, two_by_two
+from flexbatch.kernels.vectors import add, fill, integers, load, multiply, store_narrowed
 
 CHUNK = 8
 """Steps whose columns of the weight stay in the first cache (16 kB) while all rows pass."""
+WIDE = 4
+"""Squares of 32 columns that a thread sums up together where several pairs of registers pass: the left matrix, which
+may not fit into the second cache, is read once for all of them, and the result is written by whole lines."""
+FEWEST_BLOCKS = 16
+"""Of a matrix, so that threads end at nearly the same time."""
 MOST_ROWS = 512
 GROUP = 4
 """Rows that a thread lays out at a time."""
-SUMS = SIDE * SIDE
+TILE = ROWS * ROWS
+"""Sums of a register."""
+SUMS = 4 * TILE
 TOGETHER = 4
 """Numbers of a row, or of a column, that lie side by side."""
 READING = 24
@@ -109,30 +117,64 @@ def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
 
 
 @njit(nogil=True, inline="always")
-def _scaled(total: Any, times: Any, column: int, columns: Any) -> Any:
-    return scaled_sum(total, times, columns[0][column], columns[1][column])
-
-
-@njit(nogil=True, inline="always")
-def _exact(total: Any, _times: Any, _column: int, _columns: Any) -> Any:
-    return total
+def _place(row: int, count: int) -> Any:
+    """Where a row's sums of the first sixteen columns are, of `count` squares."""
+    return ((row >> 5) * count * 4 + ((row >> 4) & 1) * 2) * TILE + (row & 15) * ROWS
 
 
 @njit(nogil=True)
-def _add_up(left: Any, rows: int, weight: Any, base: int, steps: int, sums: Any) -> None:
-    """The sums of all rows with 32 columns of the weight, which begin at `base`: `[pair of registers, 2, 2, 16, 16]`.
-    What comes next of the weight is asked for meanwhile."""
+def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
+    """The numbers of the result from column `base` on, of `count` squares: scaled, as bfloat16."""
+    column_scale, offset = columns
+    whole = min(count, (width - base) // SIDE)
+    for row in range(len(scale)):
+        at, to, times = _place(row, count), row * width + base, fill(scale[row])
+        for square in range(whole):
+            for half in range(2):
+                beyond = square * SIDE + half * ROWS
+                own = multiply(integers(sums, at + (square * 4 + half) * TILE), times)
+                own = multiply(own, load(column_scale, base + beyond))
+                store_narrowed(out, to + beyond, add(own, load(offset, base + beyond)))
+        for beyond in range(whole * SIDE, min(count * SIDE, width - base)):
+            total = sums[at + ((beyond >> 5) * 4 + ((beyond >> 4) & 1)) * TILE + (beyond & 15)]
+            out[to + beyond] = scaled_sum(total, scale[row], column_scale[base + beyond], offset[base + beyond])
+
+
+@njit(nogil=True)
+def _tell_exact(sums: Any, count: int, scale: Any, _columns: Any, base: int, out: Any, width: int) -> None:
+    """The same, as they are."""
+    for row in range(len(scale)):
+        at, to = _place(row, count), row * width + base
+        for beyond in range(min(count * SIDE, width - base)):
+            out[to + beyond] = sums[at + ((beyond >> 5) * 4 + ((beyond >> 4) & 1)) * TILE + (beyond & 15)]
+
+
+@njit(nogil=True, inline="always")
+def _squares_together(rows: int, outputs: int) -> int:
+    """How many squares of columns a thread sums up together."""
+    squares = (outputs + SIDE - 1) // SIDE
+    return max(1, min(WIDE, squares // FEWEST_BLOCKS)) if _pairs(rows) > 1 else 1
+
+
+@njit(nogil=True)
+def _add_up(left: Any, rows: int, weight: Any, square: int, count: int, steps: int, sums: Any) -> None:
+    """The sums of all rows with `count` squares of the weight's columns from `square` on: `[pair of registers, square,
+    2, 2, 16, 16]`. What comes next of the weight is asked for meanwhile."""
     pairs = _pairs(rows)
     chunk, lines = CHUNK if pairs > 1 else steps, (STEP // LINE + pairs - 1) // pairs
     for first in range(0, steps, chunk):
-        count, their = min(chunk, steps - first), base + first * STEP
+        many = min(chunk, steps - first)
         for pair in range(pairs):
-            own, to = (first * pairs + pair * count) * STEP, sums[pair * SUMS : (pair + 1) * SUMS]
-            ahead = their + CHUNK * STEP + pair * count * lines * LINE
-            if rows - pair * SIDE > ROWS:
-                two_by_two(left, own, weight, their, count, to, first, lines, ahead)
-            else:
-                one_by_two(left, own, weight, their, count, to, first, lines, ahead)
+            own, asked = (first * pairs + pair * many) * STEP, pair * many * lines * LINE
+            for each in range(count):
+                their = ((square + each) * steps + first) * STEP
+                # Of the same columns, or of those of the next block.
+                ahead = their + (chunk if first + chunk < steps else (count - 1) * steps + many) * STEP + asked
+                to = sums[(pair * count + each) * SUMS :][:SUMS]
+                if rows - pair * SIDE > ROWS:
+                    two_by_two(left, own, weight, their, many, to, first, lines, ahead)
+                else:
+                    one_by_two(left, own, weight, their, many, to, first, lines, ahead)
 
 
 @njit(nogil=True)
@@ -145,8 +187,8 @@ def _set_up() -> None:
     begin(shapes)
 
 
-def _multiplication(values_of: Any, told: Any) -> Any:
-    """A product on one of the threads. `values_of` gives a row in int8, `told` what becomes of a sum."""
+def _multiplication(values_of: Any, tell: Any) -> Any:
+    """A product on one of the threads. `values_of` gives a row in int8, `tell` writes what becomes of sums."""
 
     @njit(nogil=True)
     def lay_all(rows: Any, left: Any, scale: Any, state: Any) -> None:
@@ -163,35 +205,27 @@ def _multiplication(values_of: Any, told: Any) -> Any:
             pass
 
     @njit(nogil=True)
-    def tell(sums: Any, scale: Any, columns: Any, base: int, out: Any) -> None:
-        """The numbers of the result from column `base` on."""
-        for first in range(base, min(base + SIDE, out.shape[1]), ROWS):
-            count = min(ROWS, out.shape[1] - first)
-            for row in range(len(out)):
-                at = ((row // ROWS * 2 + (first - base) // ROWS) * ROWS + row % ROWS) * ROWS
-                source, target, times = sums[at : at + count], out[row, first : first + count], scale[row]
-                for index in range(count):
-                    target[index] = told(source[index], times, first + index, columns)
-
-    @njit(nogil=True)
     def multiply(
         counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, columns: Any, out: Any
     ) -> None:
         lay_all(rows, left, scale, state)
-        room = np.empty(_pairs(len(rows)) * SUMS + ROWS, np.int32)
-        sums, steps = room[(-room.ctypes.data % LINE) // 4 :], (rows.shape[1] + LINE - 1) // LINE
+        width, steps = out.shape[1], (rows.shape[1] + LINE - 1) // LINE
+        together, squares = _squares_together(len(rows), width), (width + SIDE - 1) // SIDE
+        room = np.empty(_pairs(len(rows)) * together * SUMS + ROWS, np.int32)
+        sums, told = room[(-room.ctypes.data % LINE) // 4 :], out.reshape(-1)
         _set_up()
-        block = take(counter)
-        while block * SIDE < out.shape[1]:
-            _add_up(left, len(rows), weight, block * steps * STEP, steps, sums)
-            tell(sums, scale, columns, block * SIDE, out)
-            block = take(counter)
+        square = take(counter) * together
+        while square < squares:
+            count = min(together, squares - square)
+            _add_up(left, len(rows), weight, square, count, steps, sums)
+            tell(sums, count, scale, columns, square * SIDE, told, width)
+            square = take(counter) * together
         end()
 
     return multiply
 
 
-_scaled_product, _exact_product = _multiplication(_round, _scaled), _multiplication(_as_it_is, _exact)
+_scaled_product, _exact_product = _multiplication(_round, _tell_scaled), _multiplication(_as_it_is, _tell_exact)
 
 
 # Numba keeps the code of functions that are no closures.

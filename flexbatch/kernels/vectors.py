@@ -239,6 +239,27 @@ def _store(_context: Any, array: Any, at: Any, vector: Any) -> Any:
     return types.void(array, at, vector), generate
 
 
+def _integers(_context: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = memory_of(context, builder, signature.args[0], arguments[0])
+        return builder.sitofp(number(builder, memory, arguments[1], PAIRS), FLOATS)
+
+    return floats(array, at), generate
+
+
+def _store_narrowed(_context: Any, array: Any, at: Any, vector: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, half = builder.bitcast(arguments[2], PAIRS), ir.Constant(PAIRS, [16] * WIDTH)
+        is_odd = builder.and_(builder.lshr(bits, half), ir.Constant(PAIRS, [1] * WIDTH))
+        rounded = builder.add(bits, builder.add(is_odd, ir.Constant(PAIRS, [0x7FFF] * WIDTH)))
+        narrow = builder.trunc(builder.lshr(rounded, half), ir.VectorType(ir.IntType(16), WIDTH))
+        memory = memory_of(context, builder, signature.args[0], arguments[0])
+        put(builder, memory, arguments[1], narrow, align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, at, vector), generate
+
+
 def _fill(_context: Any, value: Any) -> Any:  # noqa: ARG001 - Numba wants the name
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return repeated(builder, arguments[0], FLOATS)
@@ -275,6 +296,10 @@ repeat: Any = intrinsic(_repeat)
 """A vector of the one float32 that a contiguous array has at an index."""
 store: Any = intrinsic(_store)
 """Writes a vector over what a contiguous array of numbers of four bytes has from an index on."""
+integers: Any = intrinsic(_integers)
+"""Sixteen int32 of a contiguous array, from an index on, as float32."""
+store_narrowed: Any = intrinsic(_store_narrowed)
+"""Writes the nearest bfloat16 of a vector's numbers (as `floats.narrowed`) from an index of a contiguous array on."""
 fill: Any = intrinsic(_fill)
 """A vector of one float32."""
 total: Any = intrinsic(_total)
