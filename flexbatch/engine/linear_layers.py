@@ -13,14 +13,16 @@ from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
 from flexbatch.kernels import widened_products
-from flexbatch.memory.blocked_weight import lay_out, linear, suits
+from flexbatch.memory.blocked_weight import NO_LEAST, lay_out, linear, suits
 
 
 class BlockedLinear(nn.Linear):
-    """A linear layer whose weight may lie in oneDNN's blocked format."""
+    """A linear layer whose weight may lie in oneDNN's blocked format. What would be below `least` becomes it."""
+
+    least: float = NO_LEAST
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.least)
 
 
 class WidenedLinear(nn.Linear):
@@ -38,6 +40,8 @@ def use_fastest_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch
     if suits(dtype):
         layers = [stop.module for stop in stepped.stops if stop.layer is not None]
         _become([module for layer in layers for module in layer.modules()], BlockedLinear)
+        for layer in range(stepped.num_layers):
+            _rectify_within_products(stepped.layer(layer))
     elif widened_products.suit(dtype):
         _become(list(stepped.model.modules()), WidenedLinear)
 
@@ -73,6 +77,15 @@ def _become(modules: list[nn.Module], kind: type[nn.Linear]) -> None:
         # Some models keep a layer in float32 whatever type is asked for.
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = kind
+
+
+def _rectify_within_products(layer: nn.Module) -> None:
+    """ReLU after a layer's first linear module, as OPT names them, becomes a part of the product: alone it reads and
+    writes the widest of a layer's results once more."""
+    for module in layer.modules():
+        first = getattr(module, "fc1", None)
+        if type(first) is BlockedLinear and type(getattr(module, "activation_fn", None)) is nn.ReLU:
+            first.least, module.activation_fn = 0.0, nn.Identity()
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -17,10 +17,11 @@ import torch
 from numba import njit
 
 from flexbatch.kernels.flat_memory import bits
+from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
 from flexbatch.kernels.threads import add_to, share_out, take
 from flexbatch.kernels.tile_registers import LINE, ROWS, SIDE, STEP, begin, end, one_by_two, two_by_two
-from flexbatch.kernels.vectors import add, fill, integers, load, multiply, store_narrowed
+from flexbatch.kernels.vectors import add, fill, integers, larger, load, multiply, store_narrowed
 
 CHUNK = 8
 """Steps whose columns of the weight stay in the first cache (16 kB) while all rows pass."""
@@ -54,12 +55,14 @@ def tiled_bytes(rows: int, columns: int) -> int:
     return _whole(rows, SIDE) * _whole(columns, LINE)
 
 
-def linear(rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def linear(
+    rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor, least: float
+) -> torch.Tensor:
     """`rows` bfloat16 `[rows, in]` times a tiled weight of scales float32 `[out]`, plus `offset` float32 `[out]`, all
     contiguous. Each row is rounded to int8 by its largest number; the sums are exact, scaled in float32 and rounded
-    once to bfloat16 `[rows, out]`."""
+    once to bfloat16 `[rows, out]`, but for what is below `least` (-inf: nothing), which becomes it."""
     out = torch.empty(len(rows), len(offset), dtype=torch.bfloat16)
-    _multiply(_linear, bits(rows), weight, (weight_scale.numpy(), offset.numpy()), bits(out))
+    _multiply(_linear, bits(rows), weight, (weight_scale.numpy(), offset.numpy(), np.float32(least)), bits(out))
     return out
 
 
@@ -125,8 +128,8 @@ def _place(row: int, count: int) -> Any:
 @njit(nogil=True)
 def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
     """The numbers of the result from column `base` on, of `count` squares: scaled, as bfloat16."""
-    column_scale, offset = columns
-    whole = min(count, (width - base) // SIDE)
+    column_scale, offset, least = columns
+    lowest, whole = fill(least), min(count, (width - base) // SIDE)
     for row in range(len(scale)):
         at, to, times = _place(row, count), row * width + base, fill(scale[row])
         for square in range(whole):
@@ -134,10 +137,12 @@ def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out
                 beyond = square * SIDE + half * ROWS
                 own = multiply(integers(sums, at + (square * 4 + half) * TILE), times)
                 own = multiply(own, load(column_scale, base + beyond))
-                store_narrowed(out, to + beyond, add(own, load(offset, base + beyond)))
+                own = add(own, load(offset, base + beyond))
+                store_narrowed(out, to + beyond, larger(lowest, own))  # NaN stays
         for beyond in range(whole * SIDE, min(count * SIDE, width - base)):
             total = sums[at + ((beyond >> 5) * 4 + ((beyond >> 4) & 1)) * TILE + (beyond & 15)]
-            out[to + beyond] = scaled_sum(total, scale[row], column_scale[base + beyond], offset[base + beyond])
+            own = scaled_sum(total, scale[row], column_scale[base + beyond], offset[base + beyond])
+            out[to + beyond] = narrowed(least) if widened(own) < least else own
 
 
 @njit(nogil=True)
@@ -239,9 +244,10 @@ def _linear(
     weight: Any,
     weight_scale: Any,
     offset: Any,
+    least: Any,
     out: Any,
 ) -> None:
-    _scaled_product(counter, rows, left, scale, state, weight, (weight_scale, offset), out)
+    _scaled_product(counter, rows, left, scale, state, weight, (weight_scale, offset, least), out)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # What a process that stays near the limit may keep of its headroom as freed memory before that is given back again: in
@@ -52,8 +53,16 @@ class Heap:
 
 def counted_bytes() -> int:
     """Main memory that counts as this process's: its own, and files' pages or what stands for them (proc(5), statm)."""
-    resident, of_files = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in _STATM.read_bytes().split()[1:3])
+    told = os.pread(_opened(_STATM, os.getpid()), 128, 0)
+    resident, of_files = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in told.split()[1:3])
     return resident - of_files + max(of_files, BESIDE)
+
+
+@cache
+def _opened(path: Path, _process: int) -> int:
+    """A file descriptor that stays open: opening the file takes longer than reading it, and it is read between any two
+    stops. What it says is of the process that opened it."""
+    return os.open(path, os.O_RDONLY)
 
 
 def _malloc_trim() -> Callable[[], object] | None:

@@ -44,6 +44,19 @@ def test_layers_give_the_bits_of_plain_ones(rows: int, width: int, out: int, see
     assert torch.equal(*results)
 
 
+@settings(max_examples=30, deadline=None)
+@given(**SIZES)
+def test_relu_within_a_product_is_relu_after_it(rows: int, width: int, out: int, seed: int) -> None:
+    x, weight, bias = drawn(rows, width, seed=seed), drawn(out, width, seed=seed + 1), drawn(out, seed=seed + 2)
+    for layout in (Int8Layout((out, width)), TiledInt8Layout((out, width))):
+        values, scale = layout.pack(weight)
+        given_ = (layout.weight(values), scale, bias)
+        assert torch.equal(int8_linear(x, *given_, least=0.0), int8_linear(x, *given_).relu())
+        x[0, 0] = float("nan")
+        assert int8_linear(x, *given_, least=0.0)[0].isnan().all() == int8_linear(x, *given_)[0].isnan().all()
+        x[0, 0] = 1
+
+
 def test_large_layers_on_all_threads_give_them_too() -> None:
     x, weight = drawn(600, 2048, seed=1), drawn(1000, 2048, seed=2)
     plain, tiled = Int8Layout(tuple(weight.shape)), TiledInt8Layout(tuple(weight.shape))
