@@ -143,4 +143,5 @@ class DiskSlots:
         before = min(len(newer), TAIL_COLUMNS - start)
         for part, tail in zip(parts, self._tails, strict=True):
             part[:, newer.start : newer.start + before] = tail[slot, :, start : start + before]
-            part[:, newer.start + before : newer.stop] = tail[slot, :, : len(newer) - before]
+            if before < len(newer):
+                part[:, newer.start + before : newer.stop] = tail[slot, :, : len(newer) - before]
