@@ -25,11 +25,13 @@ NEW_TOKENS, LONGEST = 6, 20
 RESIDENT, MIXED, STREAMED = Shares(1, 0), Shares(0.4, 0.3), Shares(0, 0)
 
 
-def completions(family: str, weights: Shares, folder: Path, file_bytes: int | None) -> dict[int, Completion]:
+def completions(
+    family: str, weights: Shares, folder: Path, file_bytes: int | None, compute: str = "auto"
+) -> dict[int, Completion]:
     model = saved(family)
     running = open_engine(
         Checkpoint(AutoConfig.from_pretrained(model), SafetensorsIndex.open(model).entries, str(model)),
-        Policy(weights, slots=5, prefill_tokens=40),
+        Policy(weights, slots=5, prefill_tokens=40, compute=compute),
         Limits(disk_folder=folder),
         Vocabulary(NumberDecoder(), frozenset({2})),
         EngineOptions(
@@ -55,6 +57,15 @@ def test_tokens_and_log_probabilities_are_those_of_plain_weights(
     assert [{index: (done.token_ids, done.logprobs) for index, done in each.items()} for each in got] == [
         {index: (done.token_ids, done.logprobs) for index, done in plain.items()}
     ] * 2
+
+
+def test_products_of_eight_bits_do_what_comes_after_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = completions("opt", RESIDENT, tmp_path, None, "int8")
+    monkeypatch.setattr(opening, "use_fastest_linears", lambda *_: None)
+    plain = completions("opt", RESIDENT, tmp_path, None, "int8")
+    assert {index: done.logprobs for index, done in got.items()} == {
+        index: done.logprobs for index, done in plain.items()
+    }
 
 
 def test_a_copy_is_made_once_where_weights_are_streamed_and_only_as_large_as_allowed(tmp_path: Path) -> None:
