@@ -10,7 +10,7 @@ import torch
 
 from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.memory.disk_file import DiskFile
-from flexbatch.memory.pages import give_back, gives_back
+from flexbatch.memory.pages import TouchingAhead, give_back, gives_back
 from flexbatch.memory.tiers import DiskArena, HostArena, TierBudget
 from flexbatch.plan.policy import Shares, Tier
 
@@ -21,6 +21,7 @@ class Storage:
     def __init__(self, device: torch.device, budgets: Mapping[Tier, TierBudget], disk_folder: Path) -> None:
         self.device, self.budgets = device, budgets
         self._host = HostArena(budgets[Tier.HOST], pinned=device.type == "cuda")
+        self._ahead = TouchingAhead()
         self._disk_folder, self._disk_arenas, self._disk_files = disk_folder, list[DiskArena](), list[DiskFile]()
 
     def zeros(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
@@ -34,7 +35,9 @@ class Storage:
             return arena.tensor(shape, dtype)
         if self.device.type == "cpu":
             # Beside the heap: what lives long there keeps the room of what was freed before it from being used again.
-            return AlignedBuffer(nbytes).view(0, dtype, shape)
+            made = AlignedBuffer(nbytes).view(0, dtype, shape)
+            self._ahead.touch(made)
+            return made
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def file(self, nbytes: int, what: str) -> DiskFile:
@@ -55,6 +58,7 @@ class Storage:
 
     def give_back(self, tensor: torch.Tensor, what: str) -> int:
         """The memory of a part of a tensor on the device, until `take_again`; returns its bytes."""
+        self._ahead.stop()
         give_back(tensor)
         self.budgets[Tier.DEVICE].release(tensor.nbytes, what)
         return tensor.nbytes
@@ -64,6 +68,7 @@ class Storage:
         self.budgets[Tier.DEVICE].reserve(tensor.nbytes, what)
 
     def close(self) -> None:
+        self._ahead.stop()
         for arena in self._disk_arenas:
             arena.close()
         for file in self._disk_files:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer
 from flexbatch.memory.heap import counted_bytes
-from flexbatch.memory.pages import give_back, gives_back
+from flexbatch.memory.pages import TouchingAhead, give_back, gives_back, populates
 
 MIB = 1 << 20
 
@@ -34,3 +37,35 @@ def test_less_than_a_page_is_left_alone() -> None:
     memory = AlignedBuffer(2 * PAGE).tensor.fill_(7)
     give_back(memory[10 : PAGE + 10])
     assert memory.eq(7).all()
+
+
+def until(is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so within ten seconds."""
+    end = time.monotonic() + 10
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.01)
+    return is_so()
+
+
+@pytest.mark.skipif(not populates(), reason="no madvise that populates")
+def test_memory_is_there_before_its_first_use_and_what_is_written_meanwhile_stays() -> None:
+    memory, ahead = AlignedBuffer(64 * MIB).tensor, TouchingAhead()
+    before = counted_bytes()
+    ahead.touch(memory)
+    memory[::4096] = 7
+    assert until(lambda: counted_bytes() - before > 48 * MIB)
+    ahead.stop()
+    assert (memory[::4096] == 7).all()
+    assert memory.count_nonzero() == len(memory[::4096])
+
+
+@pytest.mark.skipif(not populates(), reason="no madvise that populates")
+def test_nothing_is_touched_once_it_is_stopped() -> None:
+    first, second, ahead = AlignedBuffer(64 * MIB).tensor, AlignedBuffer(64 * MIB).tensor, TouchingAhead()
+    ahead.touch(first)
+    ahead.stop()
+    give_back(first)
+    before = counted_bytes()
+    ahead.touch(second)
+    time.sleep(0.2)
+    assert counted_bytes() - before < 16 * MIB
