@@ -21,7 +21,7 @@ class Storage:
     def __init__(self, device: torch.device, budgets: Mapping[Tier, TierBudget], disk_folder: Path) -> None:
         self.device, self.budgets = device, budgets
         self._host = HostArena(budgets[Tier.HOST], pinned=device.type == "cuda")
-        self._ahead = TouchingAhead()
+        self._ahead: TouchingAhead | None = None
         self._disk_folder, self._disk_arenas, self._disk_files = disk_folder, list[DiskArena](), list[DiskFile]()
 
     def zeros(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
@@ -36,9 +36,14 @@ class Storage:
         if self.device.type == "cpu":
             # Beside the heap: what lives long there keeps the room of what was freed before it from being used again.
             made = AlignedBuffer(nbytes).view(0, dtype, shape)
-            self._ahead.touch(made)
+            if self._ahead is not None:
+                self._ahead.touch(made)
             return made
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def touch_ahead(self) -> None:
+        """What is made in main memory from now on will be used soon, and all of it."""
+        self._ahead = TouchingAhead()
 
     def file(self, nbytes: int, what: str) -> DiskFile:
         """A file on the disk tier, admitted likewise."""
@@ -58,7 +63,8 @@ class Storage:
 
     def give_back(self, tensor: torch.Tensor, what: str) -> int:
         """The memory of a part of a tensor on the device, until `take_again`; returns its bytes."""
-        self._ahead.stop()
+        if self._ahead is not None:
+            self._ahead.stop()
         give_back(tensor)
         self.budgets[Tier.DEVICE].release(tensor.nbytes, what)
         return tensor.nbytes
@@ -68,7 +74,8 @@ class Storage:
         self.budgets[Tier.DEVICE].reserve(tensor.nbytes, what)
 
     def close(self) -> None:
-        self._ahead.stop()
+        if self._ahead is not None:
+            self._ahead.stop()
         for arena in self._disk_arenas:
             arena.close()
         for file in self._disk_files:

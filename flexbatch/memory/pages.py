@@ -46,7 +46,7 @@ class TouchingAhead:
     """Has the system find and clear memory before it is used, on a thread of its own, where it `populates`.
 
     What the first use of memory costs stands in the way of a pass, and is much on a virtual machine whose host has to
-    find the memory, too: 2.4 s a GiB on one of ours (docs/benchmarks.md).
+    find the memory, too: 2.4 s a GiB in large pages on one of ours (docs/benchmarks.md).
     """
 
     def __init__(self) -> None:
