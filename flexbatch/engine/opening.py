@@ -146,7 +146,7 @@ def open_engine(
 ) -> Engine:
     """An engine ready to run: residents loaded, the stream of the other weights under way."""
     opened = _open(checkpoint, policy, limits, options)
-    opened.storage.touch_ahead()
+    opened.storage.touch_ahead(opened.heap.has_room)
     apart = opened.stepped.merges_prefixes and policy.prefix_sharing and not options.padded_width
     span = min(options.span, options.own_span or options.span) if apart else max(options.span, options.padded_width)
     return Engine(

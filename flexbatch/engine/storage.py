@@ -41,9 +41,10 @@ class Storage:
             return made
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def touch_ahead(self) -> None:
-        """What is made in main memory from now on will be used soon, and all of it."""
-        self._ahead = TouchingAhead()
+    def touch_ahead(self, has_room: Callable[[int], bool]) -> None:
+        """What is made in main memory from now on will be used soon, and all of it: it is there ahead of that, as long
+        as `has_room` for so many bytes more."""
+        self._ahead = TouchingAhead(has_room)
 
     def file(self, nbytes: int, what: str) -> DiskFile:
         """A file on the disk tier, admitted likewise."""

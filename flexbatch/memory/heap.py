@@ -44,6 +44,10 @@ class Heap:
         if self._trim is not None and nbytes:
             self._trim()
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes more leave the headroom as it is."""
+        return counted_bytes() + nbytes <= self._enough
+
     def settle(self) -> None:
         """To be called wherever much may have been freed since the last time."""
         if self._trim is not None and counted_bytes() > self._threshold:

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -49,8 +50,9 @@ class TouchingAhead:
     find the memory, too: 2.4 s a GiB in large pages on one of ours (docs/benchmarks.md).
     """
 
-    def __init__(self) -> None:
-        self._stopped = threading.Event()
+    def __init__(self, has_room: Callable[[int], bool]) -> None:
+        """`has_room` says whether so many bytes more may be held now: at a limit the first use is early enough."""
+        self._has_room, self._stopped = has_room, threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="touch")
 
     def touch(self, tensor: torch.Tensor) -> None:
@@ -68,9 +70,10 @@ class TouchingAhead:
         end = page_floor(tensor.data_ptr() + tensor.nbytes)
         for start in range(page_ceil(tensor.data_ptr()), end, CHUNK):
             length = min(CHUNK, end - start)
-            if self._stopped.is_set() or _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), POPULATE_WRITE):
+            if self._stopped.is_set() or not self._has_room(length):
+                self._stopped.set()
+            elif _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), POPULATE_WRITE):
                 self._stopped.set()  # no more memory: the first use will tell
-                return
 
 
 @cache

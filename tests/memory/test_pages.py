@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexbatch.memory.direct_io import PAGE, AlignedBuffer
-from flexbatch.memory.heap import counted_bytes
+from flexbatch.memory.heap import Heap, counted_bytes
 from flexbatch.memory.pages import TouchingAhead, give_back, gives_back, populates
 
 MIB = 1 << 20
@@ -49,7 +49,7 @@ def until(is_so: Callable[[], bool]) -> bool:
 
 @pytest.mark.skipif(not populates(), reason="no madvise that populates")
 def test_memory_is_there_before_its_first_use_and_what_is_written_meanwhile_stays() -> None:
-    memory, ahead = AlignedBuffer(64 * MIB).tensor, TouchingAhead()
+    memory, ahead = AlignedBuffer(64 * MIB).tensor, TouchingAhead(lambda _nbytes: True)
     before = counted_bytes()
     ahead.touch(memory)
     memory[::4096] = 7
@@ -61,7 +61,11 @@ def test_memory_is_there_before_its_first_use_and_what_is_written_meanwhile_stay
 
 @pytest.mark.skipif(not populates(), reason="no madvise that populates")
 def test_nothing_is_touched_once_it_is_stopped() -> None:
-    first, second, ahead = AlignedBuffer(64 * MIB).tensor, AlignedBuffer(64 * MIB).tensor, TouchingAhead()
+    first, second, ahead = (
+        AlignedBuffer(64 * MIB).tensor,
+        AlignedBuffer(64 * MIB).tensor,
+        TouchingAhead(lambda _nbytes: True),
+    )
     ahead.touch(first)
     ahead.stop()
     give_back(first)
@@ -69,3 +73,15 @@ def test_nothing_is_touched_once_it_is_stopped() -> None:
     ahead.touch(second)
     time.sleep(0.2)
     assert counted_bytes() - before < 16 * MIB
+
+
+@pytest.mark.skipif(not populates(), reason="no madvise that populates")
+def test_no_more_is_touched_than_there_is_room_for() -> None:
+    before = counted_bytes()
+    ahead = TouchingAhead(Heap(before + 48 * MIB, headroom=16 * MIB).has_room)
+    memory = AlignedBuffer(64 * MIB).tensor
+    ahead.touch(memory)
+    assert until(lambda: counted_bytes() - before > 20 * MIB)
+    time.sleep(0.2)
+    assert counted_bytes() - before < 40 * MIB
+    ahead.stop()
