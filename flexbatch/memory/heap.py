@@ -40,7 +40,8 @@ class Heap:
         """So much of the headroom goes to others from now on, and with it what was freed."""
         left = self._headroom - nbytes
         self._threshold = self._enough = self._limit - left
-        self._step = max(STEP, int(KEPT * left))
+        self._kept = int(KEPT * left)
+        self._most = self._limit - (left - self._kept)
         if self._trim is not None and nbytes:
             self._trim()
 
@@ -52,7 +53,8 @@ class Heap:
         """To be called wherever much may have been freed since the last time."""
         if self._trim is not None and counted_bytes() > self._threshold:
             self._trim()
-            self._threshold = max(self._enough, counted_bytes() + self._step)
+            held = counted_bytes()
+            self._threshold = max(self._enough, held + STEP, min(held + self._kept, self._most))
 
 
 def counted_bytes() -> int:

@@ -60,6 +60,19 @@ def test_a_step_that_takes_more_is_given_room_earlier() -> None:
     assert len(kept) == 40
 
 
+def test_what_stays_leaves_a_quarter_of_the_headroom_to_blocks_that_are_not_found_again() -> None:
+    grown = AlignedBuffer(160 * MIB)
+    grown.tensor.fill_(1)
+    before = counted_bytes()
+    full = Heap(before + 80 * MIB, headroom=240 * MIB)  # a process that holds more than was planned
+    first = holes()
+    full.settle()
+    second = holes()
+    full.settle()
+    assert counted_bytes() < before + 80 * MIB
+    assert len(first) == len(second) == 40
+
+
 def test_files_pages_that_the_kernel_took_away_still_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     statm, page = tmp_path / "statm", os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(heap, "_STATM", statm)
@@ -84,7 +97,7 @@ def test_it_is_not_asked_for_again_before_the_process_has_grown(monkeypatch: pyt
 
 def test_what_a_call_frees_stays_for_the_next_one_once_what_was_free_before_is_given_back() -> None:
     before = counted_bytes()
-    full = Heap(before + 160 * MIB, headroom=240 * MIB)
+    full = Heap(before + 240 * MIB, headroom=240 * MIB)
     first = holes()
     full.settle()
     after = counted_bytes()
