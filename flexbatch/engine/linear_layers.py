@@ -13,16 +13,16 @@ from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
 from flexbatch.kernels import widened_products
-from flexbatch.memory.blocked_weight import NO_LEAST, lay_out, linear, suits
+from flexbatch.memory.blocked_weight import lay_out, linear, suits
 
 
 class BlockedLinear(nn.Linear):
-    """A linear layer whose weight may lie in oneDNN's blocked format. What would be below `least` becomes it."""
+    """A linear layer whose weight may lie in oneDNN's blocked format. It `rectifies` where ReLU comes after it."""
 
-    least: float = NO_LEAST
+    rectifies = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias, self.least)
+        return linear(x, self.weight, self.bias, self.rectifies)
 
 
 class WidenedLinear(nn.Linear):
@@ -85,7 +85,7 @@ def _rectify_within_products(layer: nn.Module) -> None:
     for module in layer.modules():
         first = getattr(module, "fc1", None)
         if type(first) is BlockedLinear and type(getattr(module, "activation_fn", None)) is nn.ReLU:
-            first.least, module.activation_fn = 0.0, nn.Identity()
+            first.rectifies, module.activation_fn = True, nn.Identity()
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

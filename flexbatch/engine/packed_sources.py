@@ -22,7 +22,7 @@ from flexbatch.engine.experts import routers
 from flexbatch.engine.linear_layers import BlockedLinear, is_linear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.packed_parameter import CompressedSource, Expanded, PackedSource, QuantizedSource, Scratch
-from flexbatch.memory.blocked_weight import NO_LEAST, BlockedLayout, blocked_layout
+from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
 from flexbatch.memory.compressed_weight import PlainLayout, compressed_layouts
 from flexbatch.memory.int8_layout import int8_layout
 from flexbatch.memory.int8_linear import int8_linear
@@ -175,7 +175,7 @@ def multiply_integers(module: nn.Module) -> None:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, scale, bias = module.weight, module.int8_scale, module.bias
-        return int8_linear(x, weight, scale, bias, getattr(module, "least", NO_LEAST))  # type: ignore[arg-type]
+        return int8_linear(x, weight, scale, bias, getattr(module, "rectifies", False))  # type: ignore[arg-type]
 
     module.forward = forward
 

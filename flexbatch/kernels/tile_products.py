@@ -56,13 +56,14 @@ def tiled_bytes(rows: int, columns: int) -> int:
 
 
 def linear(
-    rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor, least: float
+    rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor, rectified: bool = False
 ) -> torch.Tensor:
     """`rows` bfloat16 `[rows, in]` times a tiled weight of scales float32 `[out]`, plus `offset` float32 `[out]`, all
     contiguous. Each row is rounded to int8 by its largest number; the sums are exact, scaled in float32 and rounded
-    once to bfloat16 `[rows, out]`, but for what is below `least` (-inf: nothing), which becomes it."""
+    once to bfloat16 `[rows, out]`; with `rectified`, zero where they are below it."""
+    least = np.float32(0 if rectified else -np.inf)
     out = torch.empty(len(rows), len(offset), dtype=torch.bfloat16)
-    _multiply(_linear, bits(rows), weight, (weight_scale.numpy(), offset.numpy(), np.float32(least)), bits(out))
+    _multiply(_linear, bits(rows), weight, (weight_scale.numpy(), offset.numpy(), least), bits(out))
     return out
 
 
@@ -120,38 +121,43 @@ def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
 
 
 @njit(nogil=True, inline="always")
-def _place(row: int, count: int) -> Any:
-    """Where a row's sums of the first sixteen columns are, of `count` squares."""
-    return ((row >> 5) * count * 4 + ((row >> 4) & 1) * 2) * TILE + (row & 15) * ROWS
+def _row_place(row: int, count: int) -> Any:
+    """Where a row's sums begin, of `count` squares of columns."""
+    return row // SIDE * count * SUMS + row % SIDE // ROWS * 2 * TILE + row % ROWS * ROWS
+
+
+@njit(nogil=True, inline="always")
+def _column_place(column: int) -> Any:
+    """How far behind that the one of a column of the squares is."""
+    return column // SIDE * SUMS + column % SIDE // ROWS * TILE + column % ROWS
 
 
 @njit(nogil=True)
 def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
     """The numbers of the result from column `base` on, of `count` squares: scaled, as bfloat16."""
     column_scale, offset, least = columns
-    lowest, whole = fill(least), min(count, (width - base) // SIDE)
+    end = min(count * SIDE, width - base)
+    lowest, whole = fill(least), end // ROWS * ROWS
     for row in range(len(scale)):
-        at, to, times = _place(row, count), row * width + base, fill(scale[row])
-        for square in range(whole):
-            for half in range(2):
-                beyond = square * SIDE + half * ROWS
-                own = multiply(integers(sums, at + (square * 4 + half) * TILE), times)
-                own = multiply(own, load(column_scale, base + beyond))
-                own = add(own, load(offset, base + beyond))
-                store_narrowed(out, to + beyond, larger(lowest, own))  # NaN stays
-        for beyond in range(whole * SIDE, min(count * SIDE, width - base)):
-            total = sums[at + ((beyond >> 5) * 4 + ((beyond >> 4) & 1)) * TILE + (beyond & 15)]
-            own = scaled_sum(total, scale[row], column_scale[base + beyond], offset[base + beyond])
-            out[to + beyond] = narrowed(least) if widened(own) < least else own
+        at, to, times = _row_place(row, count), row * width + base, fill(scale[row])
+        for column in range(0, whole, ROWS):
+            own = multiply(integers(sums, at + _column_place(column)), times)
+            own = multiply(own, load(column_scale, base + column))
+            own = add(own, load(offset, base + column))
+            store_narrowed(out, to + column, larger(lowest, own))  # NaN stays
+        for column in range(whole, end):
+            total = sums[at + _column_place(column)]
+            one = scaled_sum(total, scale[row], column_scale[base + column], offset[base + column])
+            out[to + column] = narrowed(least) if widened(one) < least else one
 
 
 @njit(nogil=True)
 def _tell_exact(sums: Any, count: int, scale: Any, _columns: Any, base: int, out: Any, width: int) -> None:
     """The same, as they are."""
     for row in range(len(scale)):
-        at, to = _place(row, count), row * width + base
-        for beyond in range(min(count * SIDE, width - base)):
-            out[to + beyond] = sums[at + ((beyond >> 5) * 4 + ((beyond >> 4) & 1)) * TILE + (beyond & 15)]
+        at, to = _row_place(row, count), row * width + base
+        for column in range(min(count * SIDE, width - base)):
+            out[to + column] = sums[at + _column_place(column)]
 
 
 @njit(nogil=True, inline="always")

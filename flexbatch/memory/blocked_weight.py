@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +23,6 @@ import torch
 
 ROWS = 256
 """Rows of a product that the format is asked for; oneDNN's choice has been the same for 1 to 2,048."""
-NO_LEAST = -math.inf
-"""Of a product's results: none is made larger."""
 ZERO_POINT = 128
 """Of the activations that 8-bit weights are laid out for: oneDNN's products of unsigned by signed integers are its fast
 ones, and the format has each column's sum beside it."""
@@ -145,11 +142,11 @@ def blocked_bytes(laid_out: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, least: float = NO_LEAST) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rectified: bool = False) -> torch.Tensor:
     """`x` `[..., in]` bfloat16 times an opaque or plain weight `[out, in]`, plus `bias` `[out]`, added in float32
-    within the product: what `torch.nn.functional.linear` returns, without a second pass over the result. With a `least`
-    of 0, what ReLU makes of it."""
-    after = "none" if least == NO_LEAST else "relu"
+    within the product: what `torch.nn.functional.linear` returns, without a second pass over the result. With
+    `rectified`, what ReLU makes of it."""
+    after = "relu" if rectified else "none"
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, after, [], "")
     return product
 

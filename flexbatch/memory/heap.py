@@ -38,10 +38,8 @@ class Heap:
 
     def lend(self, nbytes: int) -> None:
         """So much of the headroom goes to others from now on, and with it what was freed."""
-        left = self._headroom - nbytes
-        self._threshold = self._enough = self._limit - left
-        self._kept = int(KEPT * left)
-        self._most = self._limit - (left - self._kept)
+        self._left = self._headroom - nbytes
+        self._threshold = self._enough = self._limit - self._left
         if self._trim is not None and nbytes:
             self._trim()
 
@@ -54,7 +52,7 @@ class Heap:
         if self._trim is not None and counted_bytes() > self._threshold:
             self._trim()
             held = counted_bytes()
-            self._threshold = max(self._enough, held + STEP, min(held + self._kept, self._most))
+            self._threshold = max(self._enough, held + STEP, min(held, self._enough) + int(KEPT * self._left))
 
 
 def counted_bytes() -> int:

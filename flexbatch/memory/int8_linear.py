@@ -11,7 +11,7 @@ import torch
 
 from flexbatch.kernels import tile_products, widened_products
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
-from flexbatch.memory.blocked_weight import NO_LEAST, ZERO_POINT, integer_product
+from flexbatch.memory.blocked_weight import ZERO_POINT, integer_product
 from flexbatch.memory.int8_layout import quantize_rows, row_runs, suits_kernels
 
 SUMS = 1 << 22
@@ -23,10 +23,10 @@ def int8_linear(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
-    least: float = NO_LEAST,
+    rectified: bool = False,
 ) -> torch.Tensor:
-    """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out]. What
-    would be below `least` becomes it.
+    """`x` [..., in] (float) times `weight` [out, in] int8 with `weight_scale` [out] float32, plus `bias` [out]. With
+    `rectified`, what ReLU makes of it.
 
     `weight` is what a layout's `weight` returns, or a plain tensor of any strides; the result is the same. Returns
     [..., out] in x's dtype. Rows of `x` are quantised one by one, so a row's result does not depend on others. `in` is
@@ -35,12 +35,12 @@ def int8_linear(
     rows = x.reshape(-1, x.shape[-1])
     offset = torch.zeros_like(weight_scale) if bias is None else bias.float()
     if _is_tiled(weight) and suits_kernels(rows):
-        together = tile_products.linear(rows.contiguous(), weight, weight_scale, offset, least)
+        together = tile_products.linear(rows.contiguous(), weight, weight_scale, offset, rectified)
         return together.view(*x.shape[:-1], len(weight_scale))
     step = max(1, SUMS // len(weight_scale))
     made = [_product(rows[at : at + step], weight, weight_scale, offset) for at in range(0, max(1, len(rows)), step)]
     whole = (made[0] if len(made) == 1 else torch.cat(made)).view(*x.shape[:-1], len(weight_scale))
-    return whole if least == NO_LEAST else whole.clamp_(min=least)
+    return whole.relu_() if rectified else whole
 
 
 def _product(

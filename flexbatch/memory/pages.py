@@ -27,20 +27,23 @@ def gives_back() -> bool:
     return sys.platform == "linux" and _madvise() is not None
 
 
+def advise(start: int, nbytes: int, advice: int) -> bool:
+    """Whether the system takes this advice about memory from `start` on, whole pages (Linux, madvise(2))."""
+    return bool(_madvise()(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice) == 0)
+
+
 def give_back(tensor: torch.Tensor) -> None:
     """Gives up the whole pages of a contiguous tensor in private anonymous memory; they are zeros when next used."""
     start, end = page_ceil(tensor.data_ptr()), page_floor(tensor.data_ptr() + tensor.nbytes)
-    if end > start and _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED):
+    if end > start and not advise(start, end - start, mmap.MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "madvise does not take pages back")
 
 
 @cache
 def populates() -> bool:
     """Whether the system brings memory in when asked (Linux 5.14, madvise(2), MADV_POPULATE_WRITE)."""
-    if sys.platform != "linux" or _madvise() is None:
-        return False
     page = AlignedBuffer(PAGE).tensor
-    return bool(_madvise()(ctypes.c_void_p(page.data_ptr()), ctypes.c_size_t(PAGE), POPULATE_WRITE) == 0)
+    return gives_back() and advise(page.data_ptr(), PAGE, POPULATE_WRITE)
 
 
 class TouchingAhead:
@@ -72,7 +75,7 @@ class TouchingAhead:
             length = min(CHUNK, end - start)
             if self._stopped.is_set() or not self._has_room(length):
                 self._stopped.set()
-            elif _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), POPULATE_WRITE):
+            elif not advise(start, length, POPULATE_WRITE):
                 self._stopped.set()  # no more memory: the first use will tell
 
 

@@ -51,9 +51,9 @@ def test_relu_within_a_product_is_relu_after_it(rows: int, width: int, out: int,
     for layout in (Int8Layout((out, width)), TiledInt8Layout((out, width))):
         values, scale = layout.pack(weight)
         given_ = (layout.weight(values), scale, bias)
-        assert torch.equal(int8_linear(x, *given_, least=0.0), int8_linear(x, *given_).relu())
+        assert torch.equal(int8_linear(x, *given_, rectified=True), int8_linear(x, *given_).relu())
         x[0, 0] = float("nan")
-        assert int8_linear(x, *given_, least=0.0)[0].isnan().all() == int8_linear(x, *given_)[0].isnan().all()
+        assert int8_linear(x, *given_, rectified=True)[0].isnan().all() == int8_linear(x, *given_)[0].isnan().all()
         x[0, 0] = 1
 
 

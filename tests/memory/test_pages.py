@@ -61,11 +61,8 @@ def test_memory_is_there_before_its_first_use_and_what_is_written_meanwhile_stay
 
 @pytest.mark.skipif(not populates(), reason="no madvise that populates")
 def test_nothing_is_touched_once_it_is_stopped() -> None:
-    first, second, ahead = (
-        AlignedBuffer(64 * MIB).tensor,
-        AlignedBuffer(64 * MIB).tensor,
-        TouchingAhead(lambda _nbytes: True),
-    )
+    first, second = AlignedBuffer(64 * MIB).tensor, AlignedBuffer(64 * MIB).tensor
+    ahead = TouchingAhead(lambda _nbytes: True)
     ahead.touch(first)
     ahead.stop()
     give_back(first)
