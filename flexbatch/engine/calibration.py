@@ -32,7 +32,7 @@ from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again.
-MEASUREMENT_VERSION = 28
+MEASUREMENT_VERSION = 29
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05

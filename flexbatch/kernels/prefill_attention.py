@@ -1,5 +1,5 @@
-"""Attention of many queries to bfloat16 keys on a CPU with AVX512-BF16, or with AVX2 and no bfloat16: to keys that all
-rows share and to each row's own, in one softmax.
+"""Attention of many queries to bfloat16 keys on a CPU with AMX or AVX512-BF16, or with AVX2 and no bfloat16: to keys
+that all rows share and to each row's own, in one softmax.
 
 torch's kernel multiplies at a quarter of the processor's rate here, computes what is masked, and has to be asked once
 for shared keys and once for own ones (docs/benchmarks.md). Scores, sums and the softmax are float32; for the product
@@ -14,15 +14,29 @@ import numpy as np
 import torch
 from numba import njit
 
-from flexbatch.kernels import widened_products
+from flexbatch.kernels import small_products, widened_products
+from flexbatch.kernels.aligned_memory import aligned
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import LOG2_OF_E
-from flexbatch.kernels.online_softmax import UNIT, answer, begin, gather_keys, gather_values, new_tile, see
-from flexbatch.kernels.small_products import COLUMNS, NUMBERS, ROWS
+from flexbatch.kernels.online_softmax import (
+    UNIT,
+    answer,
+    ask_for,
+    begin,
+    gather_keys,
+    gather_values,
+    new_tile,
+    rows_of,
+    see,
+    units_of,
+)
+from flexbatch.kernels.small_products import COLUMNS
 from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import WIDTH, multiplies_pairs
 
 SMALL = 1 << 22  # products of two numbers; with fewer a second thread costs more than it brings
+SIZES = 8
+"""Sizes of heads are multiples of it."""
 SHARES = 8
 """Pieces of work for a thread, where there are so many: one that takes longer then matters little."""
 
@@ -49,7 +63,7 @@ def suits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool
     return (
         query.device.type == "cpu"
         and query.dtype == keys.dtype == values.dtype == torch.bfloat16
-        and query.shape[3] % ROWS == values.shape[3] % ROWS == 0
+        and query.shape[3] % SIZES == values.shape[3] % SIZES == 0
         and query.stride(3) == keys.stride(3) == values.stride(3) == 1
         and is_available()
     )
@@ -119,6 +133,7 @@ def _attend(
     shared_keys, shared_values = _room(shared.columns, size, value_size)
     own_keys, own_values = _room(own.columns, size, value_size)
     tile = new_tile(size, value_size)
+    small_products.begin()
     for piece in range(first, kv_heads * row_pieces * head_pieces, step):
         kv_head, row_piece = piece % kv_heads, piece // kv_heads % row_pieces
         heads = _share(group, piece // kv_heads // row_pieces, head_pieces)
@@ -133,18 +148,23 @@ def _attend(
                     count, newest = min(COLUMNS, tokens - token), own.columns - starts[row] - tokens + token
                     width = (count + WIDTH - 1) // WIDTH * WIDTH
                     begin(tile, query, asked + token * query_strides[2], query_strides[2], count, size)
+                    at = told + token * output_strides[2]
+                    ask_for(output, at, output_strides[2], count, value_size)
+                    after = asked + (token + COLUMNS) * query_strides[2]
+                    ask_for(query, after, query_strides[2], min(COLUMNS, tokens - token - COLUMNS), size)
                     see(tile, shared_keys, shared_values, shared.columns, shared.columns, width, scale)
                     see(tile, own_keys, own_values, newest, newest + count, width, scale)
                     unseen = 0 if shared.columns else max(0, -newest)
                     here = weight[row, head, token : token + count]
-                    answer(tile, unseen, count, output, told + token * output_strides[2], output_strides[2], here)
+                    answer(tile, unseen, count, output, at, output_strides[2], value_size, here)
+    small_products.end()
 
 
 @njit(nogil=True)
 def _room(count: int, size: int, value_size: int) -> Any:
     """Memory for so many keys' and values' units, in whole products."""
-    keys = np.empty((count + ROWS - 1) // ROWS * ROWS * (size // NUMBERS), UNIT)
-    return keys, np.empty((count + NUMBERS - 1) // NUMBERS * value_size, UNIT)
+    keys, values = aligned(rows_of(count) * units_of(size)), aligned(units_of(count) * rows_of(value_size))
+    return keys.view(UNIT), values.view(UNIT)
 
 
 @njit(nogil=True)

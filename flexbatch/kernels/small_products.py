@@ -1,9 +1,10 @@
-"""Small matrix products of bfloat16 with float32 sums, at most 64 columns at a time, on one thread.
+"""Small matrix products of bfloat16 with float32 sums, at most `COLUMNS` columns at a time, on one thread.
 
 oneDNN's are as fast for large matrices; those of attention are small, and between two of them comes a softmax for
 which nothing should leave the cache. They reach the processor's own limit (docs/benchmarks.md).
 
 Their numbers come in *units* of four bytes: a pair of bfloat16 where the processor multiplies pairs, else a float32.
+Where it has tile registers the products are those of `small_tile_products.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from flexbatch.kernels import small_tile_products, tile_registers
 from flexbatch.kernels.vectors import (
     FLOATS,
     INT32,
@@ -30,10 +32,13 @@ from flexbatch.kernels.vectors import (
     repeated,
 )
 
-COLUMNS = 64
+HAS_TILES = tile_registers.are_ours()
+COLUMNS = small_tile_products.COLUMNS if HAS_TILES else 64
 """From one row to the next of a right matrix and of a result, however many of them are in use."""
-ROWS = 8
+ROWS = tile_registers.ROWS if HAS_TILES else 8
 """The number of rows is a multiple of it."""
+STEPS = small_tile_products.STEPS if HAS_TILES else 1
+"""The number of units that are summed up is a multiple of it; so many of a left matrix's row lie side by side."""
 NUMBERS = 2 if multiplies_pairs() else 1
 """In a unit."""
 _ONE, _MANY = (INT32, PAIRS) if multiplies_pairs() else (ir.FloatType(), FLOATS)
@@ -115,9 +120,9 @@ def _row_by_row(rows: int, vectors: int, adds: bool) -> Any:
 
 
 def _products(adds: bool) -> Any:
-    """The product of `rows` rows of `left`, of whose units a row's first is at `at` and the next rows and units are
-    `row_stride` and `step_stride` further on, with `right` (units, `[steps, COLUMNS]`), into `out` (`[rows, COLUMNS]`).
-    Of the columns the first `width` are computed, a multiple of 16."""
+    """The product of `rows` rows of `left`, of whose units a row's first is at `at`, with `right` (units, `[steps,
+    COLUMNS]`), into `out` (`[rows, COLUMNS]`). In `left` the next row is `row_stride`, the next `STEPS` units
+    are `step_stride` further on. Of the columns the first `width` are computed, a multiple of 16."""
     # Enough sums to keep the multipliers busy, few enough for the registers.
     one, two = _row_by_row(8, 1, adds), _row_by_row(8, 2, adds)
     three, four = _row_by_row(4, 3, adds), _row_by_row(4, 4, adds)
@@ -152,6 +157,15 @@ def _products_in_small_registers(adds: bool) -> Any:
     return products
 
 
+@njit(nogil=True)
+def _nothing() -> None:
+    pass
+
+
 _made = _products if multiplies_pairs() else _products_in_small_registers
-multiply: Any = _made(adds=False)
-add_product: Any = _made(adds=True)
+multiply: Any = small_tile_products.multiply if HAS_TILES else _made(adds=False)
+add_product: Any = small_tile_products.add_product if HAS_TILES else _made(adds=True)
+begin: Any = tile_registers.begin if HAS_TILES else _nothing
+"""Before a thread's first product."""
+end: Any = tile_registers.end if HAS_TILES else _nothing
+"""After its last one."""

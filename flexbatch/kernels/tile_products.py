@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from flexbatch.kernels.aligned_memory import aligned
 from flexbatch.kernels.flat_memory import bits
 from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
@@ -188,16 +189,6 @@ def _add_up(left: Any, rows: int, weight: Any, square: int, count: int, steps: i
                     one_by_two(left, own, weight, their, many, to, first, lines, ahead)
 
 
-@njit(nogil=True)
-def _set_up() -> None:
-    """Eight registers of sixteen lines (palette 1)."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    for register in range(8):
-        shapes[16 + 2 * register], shapes[48 + register] = LINE, ROWS
-    begin(shapes)
-
-
 def _multiplication(values_of: Any, tell: Any) -> Any:
     """A product on one of the threads. `values_of` gives a row in int8, `tell` writes what becomes of sums."""
 
@@ -222,9 +213,8 @@ def _multiplication(values_of: Any, tell: Any) -> Any:
         lay_all(rows, left, scale, state)
         width, steps = out.shape[1], (rows.shape[1] + LINE - 1) // LINE
         together, squares = _squares_together(len(rows), width), (width + SIDE - 1) // SIDE
-        room = np.empty(_pairs(len(rows)) * together * SUMS + ROWS, np.int32)
-        sums, told = room[(-room.ctypes.data % LINE) // 4 :], out.reshape(-1)
-        _set_up()
+        sums, told = aligned(_pairs(len(rows)) * together * SUMS).view(np.int32), out.reshape(-1)
+        begin()
         square = take(counter) * together
         while square < squares:
             count = min(together, squares - square)

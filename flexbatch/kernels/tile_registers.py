@@ -1,4 +1,4 @@
-"""Products of 32 rows by 32 columns of 8-bit integers in the tile registers of a CPU with AMX.
+"""The tile registers of a CPU with AMX, for kernels that Numba compiles, and products of 8-bit integers in them.
 
 A register holds sixteen rows of 64 bytes. Four of them hold the sums of 32 by 32 numbers, two the left matrix's rows,
 two the right one's columns (Intel's Optimization Reference Manual, chapter 20, "Blocking").
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from flexbatch.kernels.vectors import INT64, accumulated, fetch, function, has_features, memory_of
@@ -28,6 +30,9 @@ SIDE = 2 * ROWS
 STEP = 2 * TILE
 """Bytes of either matrix that are multiplied at a time: 32 rows of a line, and as much of 32 columns."""
 
+LEFT, RIGHT = (4, 5), (6, 7)
+"""The registers that are not for sums."""
+
 BYTE = ir.IntType(8)
 POINTER = BYTE.as_pointer()
 # Of the operating system: it keeps room for a thread's registers only after a process has asked for it.
@@ -38,15 +43,16 @@ XFEATURE_XTILEDATA = 18
 
 @cache
 def are_ours() -> bool:
-    """Whether this processor multiplies tiles of 8-bit integers, and the system lets this process use the registers."""
-    if not (sys.platform == "linux" and has_features("amx-tile", "amx-int8")):
+    """Whether this processor multiplies tiles of 8-bit integers and of bfloat16 (no processor has one without the
+    other), and the system lets this process use the registers."""
+    if not (sys.platform == "linux" and has_features("amx-tile", "amx-int8", "amx-bf16")):
         return False
     call = ctypes.CDLL(None).syscall
     call.restype = ctypes.c_long
     return bool(call(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
 
-def _call(builder: Any, name: str, *arguments: Any) -> None:
+def call(builder: Any, name: str, *arguments: Any) -> None:
     """One of LLVM's functions for tiles; plain numbers are registers."""
     given = [BYTE(each) if isinstance(each, int) else each for each in arguments]
     builder.call(function(builder, f"llvm.x86.{name}", ir.VoidType(), [each.type for each in given]), given)
@@ -54,7 +60,7 @@ def _call(builder: Any, name: str, *arguments: Any) -> None:
 
 def _begin(_context: Any, shapes: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "ldtilecfg", _memory(context, builder, signature, arguments, 0))
+        call(builder, "ldtilecfg", bytes_of(context, builder, signature, arguments, 0))
         return context.get_dummy_value()
 
     return types.void(shapes), generate
@@ -62,19 +68,37 @@ def _begin(_context: Any, shapes: Any) -> Any:
 
 def _end(_context: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        _call(builder, "tilerelease")
+        call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
 
 
-def _memory(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -> Any:
-    """Of the argument with this number, an array, as bytes."""
+def bytes_of(context: Any, builder: Any, signature: Any, arguments: Any, at: int) -> Any:
+    """The argument with this number, an array, as bytes."""
     return builder.bitcast(memory_of(context, builder, signature.args[at], arguments[at]), POINTER)
 
 
-def _load(builder: Any, register: int, memory: Any, at: Any, stride: int) -> None:
-    _call(builder, "tileloadd64", register, builder.gep(memory, [at]), INT64(stride))
+def load(builder: Any, register: int, memory: Any, at: Any, stride: Any) -> None:
+    """Sixteen lines of `memory` from byte `at` on, `stride` bytes (int64) apart."""
+    call(builder, "tileloadd64", register, builder.gep(memory, [at]), stride)
+
+
+def begin_sums(builder: Any, memory: Any, targets: Sequence[Any], stride: Any, adds: Any) -> None:
+    """The registers 0, 1, ... become zero, or what is at `targets` if `adds` (int1)."""
+    with builder.if_else(adds) as (added_to, fresh):
+        with added_to:
+            for register, target in enumerate(targets):
+                load(builder, register, memory, target, stride)
+        with fresh:
+            for register in range(len(targets)):
+                call(builder, "tilezero", register)
+
+
+def store_sums(builder: Any, memory: Any, targets: Sequence[Any], stride: Any) -> None:
+    """Writes the registers 0, 1, ... to `targets`."""
+    for register, target in enumerate(targets):
+        call(builder, "tilestored64", register, builder.gep(memory, [target]), stride)
 
 
 def _prefetch(builder: Any, memory: Any, at: Any, lines: Any) -> None:
@@ -97,35 +121,28 @@ def _squares(rows: int) -> Any:
     `before` is 0. At each step `lines` lines of `right` are asked for, from `ahead` on.
     """
     places = [(row, column) for row in range(rows) for column in range(2)]
-    left_registers, right_registers = (4, 5), (6, 7)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, sums = (_memory(context, builder, signature, arguments, at) for at in (0, 2, 5))
+        left, right, sums = (bytes_of(context, builder, signature, arguments, at) for at in (0, 2, 5))
         own, their, steps, before, lines, ahead = (arguments[at] for at in (1, 3, 4, 6, 7, 8))
         targets = [INT64((2 * row + column) * TILE) for row, column in places]
-        with builder.if_else(builder.icmp_signed("!=", before, INT64(0))) as (added_to, fresh):
-            with added_to:
-                for register, target in enumerate(targets):
-                    _load(builder, register, sums, target, LINE)
-            with fresh:
-                for register in range(len(targets)):
-                    _call(builder, "tilezero", register)
+        adds = builder.icmp_signed("!=", before, INT64(0))
+        begin_sums(builder, sums, targets, INT64(LINE), adds)
 
         def add(step: Any, _none: list[Any]) -> list[Any]:
             _prefetch(builder, right, builder.add(ahead, builder.mul(builder.mul(step, lines), INT64(LINE))), lines)
             ours, theirs = (builder.add(first, builder.mul(step, INT64(STEP))) for first in (own, their))
             for row, column in places:
                 if column == 0:
-                    _load(builder, left_registers[row], left, builder.add(ours, INT64(row * TILE)), LINE)
+                    load(builder, LEFT[row], left, builder.add(ours, INT64(row * TILE)), INT64(LINE))
                 if row == 0:
                     at = builder.add(theirs, INT64(column * LINE))
-                    _load(builder, right_registers[column], right, at, 2 * LINE)
-                _call(builder, "tdpbssd", 2 * row + column, left_registers[row], right_registers[column])
+                    load(builder, RIGHT[column], right, at, INT64(2 * LINE))
+                call(builder, "tdpbssd", 2 * row + column, LEFT[row], RIGHT[column])
             return []
 
         accumulated(builder, steps, [], add)
-        for register, target in enumerate(targets):
-            _call(builder, "tilestored64", register, builder.gep(sums, [target]), INT64(LINE))
+        store_sums(builder, sums, targets, INT64(LINE))
         return context.get_dummy_value()
 
     def squares(
@@ -145,9 +162,21 @@ def _squares(rows: int) -> Any:
     return intrinsic(squares)
 
 
-begin: Any = intrinsic(_begin)
-"""Sets the registers up, as `shapes` describes them. Until `end`, they are this thread's."""
+_set_up: Any = intrinsic(_begin)
 end: Any = intrinsic(_end)
+"""Gives the registers back."""
+
+
+@njit(nogil=True)
+def begin() -> None:
+    """Sets up eight registers of sixteen lines (palette 1). Until `end`, they are this thread's."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    for register in range(8):
+        shapes[16 + 2 * register], shapes[48 + register] = LINE, ROWS
+    _set_up(shapes)
+
+
 one_by_two: Any = _squares(1)
 two_by_two: Any = _squares(2)
 """With one register of rows and with two."""

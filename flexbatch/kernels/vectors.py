@@ -30,8 +30,8 @@ POWERS = (1.3400433e-3, 9.676037e-3, 5.5503272e-2, 0.24022107, 0.6931472, 1.0000
 
 @cache
 def multiplies_pairs() -> bool:
-    """Whether this processor has the instructions, and no better ones that torch would use (AMX)."""
-    return has_features("avx512f", "avx512bw", "avx512bf16") and not multiplies_tiles()
+    """Whether this processor has the instructions."""
+    return has_features("avx512f", "avx512bw", "avx512bf16")
 
 
 @cache
