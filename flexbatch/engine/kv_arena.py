@@ -79,7 +79,7 @@ class KVArena:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether some slots are, so that moving columns is as dear as a pass."""
+        """Whether some slots are, which are written anew where columns move."""
         return any(layer.is_on_disk for layer in self.layers)
 
     @property

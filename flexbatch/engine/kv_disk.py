@@ -1,11 +1,12 @@
 """Slots of the KV cache that are on disk, in blocks that are only ever read and written whole.
 
 A new token would touch a page for each head, so the newest tokens wait in memory (the tail), as does a prompt that
-enters in parts.
+enters in parts. Columns are moved in the pass that reads them anyway.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,6 +26,7 @@ class DiskSlots:
         self._blocks, self._tails, self._traffic = blocks, tails, traffic
         # The columns of each slot that are in the tail, column c at c % TAIL_COLUMNS.
         self._newer: dict[int, range] = {}
+        self._to_move = Counter[int]()  # by slot, how many columns too far right everything is on disk
         self._at_once = 1  # tokens that a slot has got at once so far
         # The slot whose prompt enters in parts, and its block.
         self._entering: int | None = None
@@ -51,9 +53,9 @@ class DiskSlots:
         """The slots 0 to rows - 1 in these columns, some at a time, each until the next ones are asked for."""
         for slots, parts in self._traffic.take(self._blocks, rows):
             for row, slot in enumerate(range(slots.start, slots.stop)):
-                mine = tuple(part[row] for part in parts)
-                self._add_newer(slot, mine)
-                if len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
+                mine, is_elsewhere = tuple(part[row] for part in parts), self._to_move[slot] != 0
+                self._complete(slot, mine)
+                if is_elsewhere or len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
                     self.store(slot, mine)
             yield slots, tuple(part[:, :, columns] for part in parts)
 
@@ -71,6 +73,7 @@ class DiskSlots:
             self._put_entered(self._entering)
         self._entering = slot
         self._newer.pop(slot, None)
+        self._to_move.pop(slot, None)
         for part, tokens in zip(self._entered(), new, strict=True):
             part[:, columns] = tokens
         return self._entered()
@@ -80,17 +83,26 @@ class DiskSlots:
         for slot, left in enumerate(by):
             if not left:
                 continue
-            is_growing_in = slot == self._entering and slot not in self._newer
-            parts = self._entered() if is_growing_in else self.load(slot)
-            for part in parts:
-                move_columns(part, left)
-            if not is_growing_in:
-                self.store(slot, parts)
+            if slot == self._entering:
+                for part in self._entered():
+                    move_columns(part, left)
+            else:
+                self._to_move[slot] += left
+            self._shift_newer(slot, left)
+
+    def _shift_newer(self, slot: int, left: int) -> None:
+        """The same of the columns in the slot's tail."""
+        newer = self._newer.pop(slot, range(0))
+        moved = range(newer.start - left, newer.stop - left)
+        if newer and moved.start >= 0 and moved.stop <= self._blocks.layout.columns:  # else no row is in the slot
+            self._newer[slot] = moved
+            for tail in self._tails:
+                tail[slot] = tail[slot].roll(-left, 1)
 
     def load(self, slot: int) -> Parts:
         """The slot's parts `[heads, columns, ...]` with all tokens, in memory that the next `load` or `read` takes."""
         parts = self._blocks.layout.slot(self._traffic.fetch(self._blocks, slot))
-        self._add_newer(slot, parts)
+        self._complete(slot, parts)
         return parts
 
     def store(self, slot: int, parts: Parts) -> None:
@@ -114,7 +126,7 @@ class DiskSlots:
     def _put_entered(self, slot: int) -> None:
         """The row that entered last goes to disk, with the tokens that it gained since."""
         block, parts = self._outgoing()
-        self._add_newer(slot, parts)
+        self._complete(slot, parts)
         self._send(slot, block)
 
     def _outgoing(self) -> tuple[AlignedBuffer, Parts]:
@@ -124,6 +136,7 @@ class DiskSlots:
 
     def _send(self, slot: int, block: AlignedBuffer) -> None:
         self._newer.pop(slot, None)
+        self._to_move.pop(slot, None)
         if self._entering == slot:
             self._entering = None
         self._traffic.send(self._blocks, slot, block)
@@ -133,11 +146,14 @@ class DiskSlots:
             self._room = self._traffic.admitted(self._blocks.layout.nbytes)
         return self._blocks.layout.slot(self._room)
 
-    def _add_newer(self, slot: int, parts: Parts) -> None:
-        """What is not on disk yet of a slot."""
+    def _complete(self, slot: int, parts: Parts) -> None:
+        """Makes what is on disk of a slot what it should be: in its columns, with what is not there yet."""
         if slot == self._entering:
             for part, entered in zip(parts, self._entered(), strict=True):
                 part.copy_(entered)
+        elif left := self._to_move[slot]:
+            for part in parts:
+                move_columns(part, left)
         newer = self._newer.get(slot, range(0))
         start = newer.start % TAIL_COLUMNS
         before = min(len(newer), TAIL_COLUMNS - start)

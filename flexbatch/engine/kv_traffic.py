@@ -34,6 +34,10 @@ class BlockLayout:
     shapes: Sequence[PartShape]
 
     @property
+    def columns(self) -> int:
+        return self.shapes[0][0][1]
+
+    @property
     def nbytes(self) -> int:
         return sum(page_ceil(_bytes_of(shape)) for shape in self.shapes)
 

@@ -171,6 +171,21 @@ def test_every_token_of_every_row_is_read_in_every_pass(
         rows.storage.close()
 
 
+@pytest.mark.parametrize("passes_before", range(SLACK + 1))
+def test_a_row_that_entered_in_parts_keeps_its_tokens_when_columns_move_before_it_is_written(
+    passes_before: int, tmp_path: Path
+) -> None:
+    with short_tails():
+        rows = Rows((0, 0), 16, 0, tmp_path)
+        for _ in range(passes_before):
+            rows.one_pass()
+        rows.enter(0, 3, 2)
+        for _ in range(TAIL + 1):
+            rows.one_pass()
+        rows.arena.close()
+        rows.storage.close()
+
+
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bloom", "mixtral"])
 @pytest.mark.parametrize("kv", [Shares(0, 0), Shares(0.4, 0.2), Shares(0, 1)], ids=["disk", "mixed", "host"])
 def test_greedy_tokens_are_those_of_transformers_with_rows_elsewhere(family: str, kv: Shares, tmp_path: Path) -> None:
