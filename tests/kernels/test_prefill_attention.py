@@ -49,7 +49,7 @@ def expected(
     tokens=st.integers(1, 150),
     before=st.one_of(st.just(0), st.integers(1, 220)),
     cached=st.integers(0, 120),
-    sizes=st.tuples(st.sampled_from([8, 16, 40, 64]), st.sampled_from([8, 16, 40, 64])),
+    sizes=st.tuples(st.sampled_from([8, 16, 40, 64, 128]), st.sampled_from([8, 16, 40, 64, 128])),
     by_token=st.booleans(),
     seed=st.integers(0, 999),
 )
