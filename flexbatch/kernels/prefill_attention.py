@@ -91,6 +91,7 @@ def prefill_attention(
         _division(rows, kv_heads, heads // kv_heads, threads, together=shared[0].shape[2] > 0),
         np.float32(scale) * LOG2_OF_E,
         *(flat(output), output.stride()[:3], weight.numpy()),
+        small_products.MARK,
     )
     on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
     return output, weight
@@ -124,6 +125,7 @@ def _attend(
     output: Any,
     output_strides: Any,
     weight: Any,
+    _mark: Any,
     first: int,
     step: int,
 ) -> None:

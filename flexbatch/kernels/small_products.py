@@ -32,7 +32,10 @@ from flexbatch.kernels.vectors import (
     repeated,
 )
 
-HAS_TILES = tile_registers.are_ours()
+HAS_TILES = multiplies_pairs() and tile_registers.are_ours()
+MARK: Any = (0, 0) if HAS_TILES else (0,)
+"""An argument for kernels around these products that Numba keeps. It keeps them by the types of arguments, and a system
+may give the tile registers to one process and not to the next."""
 COLUMNS = small_tile_products.COLUMNS if HAS_TILES else 64
 """From one row to the next of a right matrix and of a result, however many of them are in use."""
 ROWS = tile_registers.ROWS if HAS_TILES else 8

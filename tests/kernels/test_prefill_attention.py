@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexbatch.kernels import small_products
 from flexbatch.kernels.prefill_attention import _division, is_available, prefill_attention, suits
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="torch's attention is used on this processor")
@@ -142,3 +146,21 @@ def test_there_is_work_for_every_thread(rows: int, kv_heads: int, group: int, to
     assert 1 <= row_pieces <= rows
     assert 1 <= head_pieces <= group
     assert kv_heads * row_pieces * head_pieces >= min(32, kv_heads * rows * group)
+
+
+@pytest.mark.skipif(not small_products.HAS_TILES, reason="no tile registers on this machine")
+def test_code_that_was_kept_for_tile_registers_is_not_run_where_the_system_withholds_them() -> None:
+    query = states(1, 2, 40, 64, 0)
+    prefill_attention(query, (query[:, :, :0],) * 2, (query, query), torch.zeros(1, dtype=torch.long), 1.0)
+    withheld = """if True:
+        from flexbatch.kernels import tile_registers
+        tile_registers.are_ours = lambda: False
+        import torch
+        from flexbatch.kernels import prefill_attention
+        query = torch.ones(1, 2, 40, 64, dtype=torch.bfloat16)
+        none, starts = query[:, :, :0], torch.zeros(1, dtype=torch.long)
+        output, _ = prefill_attention.prefill_attention(query, (none, none), (query, query), starts, 1.0)
+        assert output.equal(query)
+    """
+    done = subprocess.run([sys.executable, "-c", withheld], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
