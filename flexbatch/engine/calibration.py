@@ -6,6 +6,7 @@ space are looked up anew each time, and so is how fast a CPU is at present.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ import transformers
 from flexbatch.engine.measurement import core_count, measure_rates
 from flexbatch.engine.present_speed import at_speed, present_speed
 from flexbatch.errors import ConfigError
+from flexbatch.memory.heap import give_back_freed
 from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.main_memory import available_memory, memory_limit
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
@@ -138,7 +140,9 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
 
 
 def _held_bytes() -> int:
-    """What this process holds once it has given back what only its start needed."""
+    """What this process holds once it has given back what only its start, or a measurement of the machine, needed."""
+    gc.collect()
+    give_back_freed()
     release_library_pages()
     held: int = psutil.Process().memory_info().rss
     return held

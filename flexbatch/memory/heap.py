@@ -55,6 +55,12 @@ class Heap:
             self._threshold = max(self._enough, held + STEP, min(held, self._enough) + int(KEPT * self._left))
 
 
+def give_back_freed() -> None:
+    """Gives back what the process has freed and the heap keeps, where that can be done."""
+    if (trim := _malloc_trim()) is not None:
+        trim()
+
+
 def counted_bytes() -> int:
     """Main memory that counts as this process's: its own, and files' pages or what stands for them (proc(5), statm)."""
     told = os.pread(_opened(_STATM, os.getpid()), 128, 0)

@@ -41,6 +41,7 @@ def test_the_last_line_is_one_json_object_with_every_engine(tmp_path: Path) -> N
     result = json.loads(ran.stdout.strip().splitlines()[-1])
     engines = {entry["engine"]: entry for entry in result["engines"]}
     assert set(engines) == {"flexbatch", "transformers"}
+    assert all("runs" in entry for entry in engines.values()), result["engines"]
     assert all(entry["runs"][0]["tokens"] == 4 * 8 for entry in engines.values())
     assert engines["flexbatch"]["digest"] == engines["transformers"]["digest"]
     assert engines["transformers"]["flexbatch_is_times_faster"] > 0

@@ -16,6 +16,7 @@ from flexbatch.engine.present_speed import Speed, at_speed
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import medians
 from flexbatch.errors import ConfigError
+from flexbatch.memory import heap
 from flexbatch.plan.hardware import profile_to_mapping
 from tests.plan.examples import machine
 
@@ -143,3 +144,15 @@ def test_a_run_counts_its_own_process_on_a_described_machine_but_not_on_an_accel
     large = machine("cpu-2core", process_bytes=1 << 36, device_memory=1 << 40)
     assert in_this_process(large) == large
     assert in_this_process(machine("t4-gcp")) == machine("t4-gcp")
+
+
+@pytest.mark.skipif(heap._malloc_trim() is None, reason="no glibc, or no /proc")
+def test_what_a_measurement_has_left_behind_is_not_taken_for_the_process() -> None:
+    """Freed blocks between others, and what only the garbage collector finds."""
+    described = machine("cpu-2core", process_bytes=1)
+    before = in_this_process(described).process_bytes
+    blocks: list[object] = [torch.ones(16 << 10) for _ in range(4000)]
+    others, blocks = blocks[::2], blocks[1::2]
+    blocks.append(blocks)
+    del blocks, others[1:]
+    assert in_this_process(described).process_bytes - before < 32 << 20
