@@ -25,11 +25,12 @@ import transformers
 
 from flexbatch.engine.measurement import core_count, measure_rates
 from flexbatch.engine.present_speed import at_speed, present_speed
-from flexbatch.errors import ConfigError
+from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.memory.heap import give_back_freed
 from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.main_memory import available_memory, memory_limit
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
+from flexbatch.plan.limits import gibibytes
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +130,20 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
     if device.type == "cuda":
         on_device, _ = torch.cuda.mem_get_info(device)
         return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
-    held = _held_bytes()
+    process = _held_bytes() + PROCESS_GROWTH
+    # Pages of shared libraries that the process holds may be charged to another group than its own.
+    memory = min(free + process - PROCESS_GROWTH - _left_to_others(), memory_limit())
+    if process >= memory:
+        raise CapacityError(
+            f"The process takes {gibibytes(process)} by itself, before any weights, and only {gibibytes(memory)} of "
+            "main memory are there for it.",
+            remedy="Raise the limit that it runs under, or end other programs.",
+        )
     return {
-        # Pages of shared libraries that the process holds may be charged to another group than its own.
-        "device_memory": min(free + held - _left_to_others(), memory_limit()),
+        "device_memory": memory,
         "host_memory": 0 if device.type == "cpu" else free,
         "disk_space": disk,
-        "process_bytes": held + PROCESS_GROWTH,
+        "process_bytes": process,
     }
 
 

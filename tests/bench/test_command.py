@@ -34,7 +34,7 @@ def _bench(*overrides: str) -> subprocess.CompletedProcess[str]:
 def test_the_last_line_is_one_json_object_with_every_engine(tmp_path: Path) -> None:
     ran = _bench(
         "model=hf", "model.path=none", f"model.config={json.dumps(FIELDS)}", f"model.cache_dir={tmp_path}",
-        "model.dtype=float32", "bench.rows=4", "bench.prompt_tokens=24", "bench.new_tokens=8", "bench.memory=1GiB",
+        "model.dtype=float32", "bench.rows=4", "bench.prompt_tokens=24", "bench.new_tokens=8", "bench.memory=2GiB",
         "bench.peers=[transformers]", "bench.batches=[4]",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

@@ -15,7 +15,7 @@ from flexbatch.engine.calibration import check_device, familiar_hardware, in_thi
 from flexbatch.engine.present_speed import Speed, at_speed
 from flexbatch.engine.rehearsal import half_type
 from flexbatch.engine.timing import medians
-from flexbatch.errors import ConfigError
+from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.memory import heap
 from flexbatch.plan.hardware import profile_to_mapping
 from tests.plan.examples import machine
@@ -156,3 +156,12 @@ def test_what_a_measurement_has_left_behind_is_not_taken_for_the_process() -> No
     blocks.append(blocks)
     del blocks, others[1:]
     assert in_this_process(described).process_bytes - before < 32 << 20
+
+
+def test_a_limit_below_what_the_process_itself_takes_is_said_in_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibration, "memory_limit", lambda: 100 << 20)
+    with pytest.raises(CapacityError, match=r"takes [\d.]+[MG]iB by itself.* only 100MiB of main memory") as caught:
+        familiar_hardware(CPU, tmp_path, tmp_path, profile_to_mapping(machine("cpu-2core")))
+    assert "limit" in caught.value.remedy
