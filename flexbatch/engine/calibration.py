@@ -131,9 +131,10 @@ def _room(device: torch.device, disk_folder: Path) -> dict[str, int]:
     if device.type == "cuda":
         on_device, _ = torch.cuda.mem_get_info(device)
         return {"device_memory": on_device, "host_memory": free, "disk_space": disk, "process_bytes": 0}
-    process = _held_bytes() + PROCESS_GROWTH
+    held = _held_bytes()
+    process = held + PROCESS_GROWTH
     # Pages of shared libraries that the process holds may be charged to another group than its own.
-    memory = min(free + process - PROCESS_GROWTH - _left_to_others(), memory_limit())
+    memory = min(free + held - _left_to_others(), memory_limit())
     if process >= memory:
         raise CapacityError(
             f"The process takes {gibibytes(process)} by itself, before any weights, and only {gibibytes(memory)} of "

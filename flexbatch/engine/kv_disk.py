@@ -53,9 +53,9 @@ class DiskSlots:
         """The slots 0 to rows - 1 in these columns, some at a time, each until the next ones are asked for."""
         for slots, parts in self._traffic.take(self._blocks, rows):
             for row, slot in enumerate(range(slots.start, slots.stop)):
-                mine, is_elsewhere = tuple(part[row] for part in parts), self._to_move[slot] != 0
+                mine = tuple(part[row] for part in parts)
                 self._complete(slot, mine)
-                if is_elsewhere or len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
+                if self._to_move[slot] or len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
                     self.store(slot, mine)
             yield slots, tuple(part[:, :, columns] for part in parts)
 

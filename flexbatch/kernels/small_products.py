@@ -12,8 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from flexbatch.kernels import small_tile_products, tile_registers
 from flexbatch.kernels.vectors import (
@@ -83,21 +82,7 @@ def _tile(rows: int, vectors: int, adds: bool) -> Any:
             put(builder, out, to, value)
         return context.get_dummy_value()
 
-    def tile(
-        _context: Any,
-        left: Any,
-        at: Any,
-        row_stride: Any,
-        step_stride: Any,
-        right: Any,
-        steps: Any,
-        out: Any,
-        row: Any,
-        column: Any,
-    ) -> Any:
-        return types.void(left, at, row_stride, step_stride, right, steps, out, row, column), generate
-
-    return intrinsic(tile)
+    return small_tile_products.block_of_product(generate)
 
 
 def _row_by_row(rows: int, vectors: int, adds: bool) -> Any:

@@ -24,6 +24,27 @@ STEPS = LINE // UNIT
 """Units that are multiplied at a time. A left matrix has so many of a row side by side."""
 
 
+def block_of_product(generate: Any) -> Any:
+    """The intrinsic for a block of a product, whose instructions `generate` writes: of `left` from `at` on, with two
+    strides, and `right`, `steps` units are summed up into `out`, from `row` and `column` on."""
+
+    def block(  # Numba wants the names
+        _context: Any,
+        left: Any,
+        at: Any,
+        row_stride: Any,
+        step_stride: Any,
+        right: Any,
+        steps: Any,
+        out: Any,
+        row: Any,
+        column: Any,
+    ) -> Any:
+        return types.void(left, at, row_stride, step_stride, right, steps, out, row, column), generate
+
+    return intrinsic(block)
+
+
 def _square(rows: int, columns: int, adds: bool) -> Any:
     """The intrinsic for `rows` by `columns` registers of a product, from a row and a column on."""
     places = [(row, column) for row in range(rows) for column in range(columns)]
@@ -54,21 +75,7 @@ def _square(rows: int, columns: int, adds: bool) -> Any:
         store_sums(builder, out, targets, line)
         return context.get_dummy_value()
 
-    def square(
-        _context: Any,
-        left: Any,
-        at: Any,
-        row_stride: Any,
-        step_stride: Any,
-        right: Any,
-        steps: Any,
-        out: Any,
-        row: Any,
-        column: Any,
-    ) -> Any:
-        return types.void(left, at, row_stride, step_stride, right, steps, out, row, column), generate
-
-    return intrinsic(square)
+    return block_of_product(generate)
 
 
 def _products(adds: bool) -> Any:
