@@ -22,7 +22,7 @@ from flexbatch.report.packing_notice import PackingNotice
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
 from flexbatch.stages.model import Model
-from flexbatch.stages.opening import blocked_file_bytes
+from flexbatch.stages.opening import blocked_file_bytes, compile_for
 from flexbatch.stages.planning import plan_run
 from flexbatch.stages.work import Work
 
@@ -90,6 +90,7 @@ def opened(config: Config, model: Model, plan: Plan, context: int) -> Iterator[C
     named = config.offload.disk_dir
     place = working_folder(named, "offload.disk_dir") if named else cache
     limits = plan.limits
+    compile_for(plan, model)
     with tempfile.TemporaryDirectory(prefix="chat-", dir=place) as scratch:
         conversation = open_conversation(
             model.checkpoint(cache),

@@ -26,24 +26,26 @@ import transformers
 from flexbatch.engine.measurement import core_count, measure_rates
 from flexbatch.engine.present_speed import at_speed, present_speed
 from flexbatch.errors import CapacityError, ConfigError
+from flexbatch.kernels import CODE_FOLDER
 from flexbatch.memory.heap import give_back_freed
 from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.main_memory import available_memory, memory_limit
+from flexbatch.memory.own_process import WorkFailed, in_own_process
 from flexbatch.plan.hardware import HardwareProfile, profile_from_mapping
 from flexbatch.plan.limits import gibibytes
 
 logger = logging.getLogger(__name__)
 
-# Raise it when a measurement changes meaning: older files are then measured again.
+# Raise it when a measurement changes meaning: older files are then measured again, as with other kernels.
 MEASUREMENT_VERSION = 29
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05
 
 # Memory that the process takes beyond what it has when the plan is made: 55 MiB of libraries that it needs after all
-# and of the system's own, some 80 of modules, tokens, threads and compiled products, and what the heap keeps. With 16
-# less the kernel once ended a run under 1.25 GiB, because it counts its own tables too, and with 32 less one under 2.5
-# GiB that went 2 MiB above it.
+# and of the system's own, some 80 of modules, tokens, threads and compiled products, and what the heap keeps. With 48
+# less the kernel once ended a run under 1.25 GiB, because it counts its own tables too. Compiling kernels would take
+# 120 more: another process does it (`compiling`).
 PROCESS_GROWTH = 208 << 20
 
 
@@ -63,7 +65,7 @@ def measure_hardware(
     if rates is None:
         started = time.perf_counter()
         logger.info("Measuring this machine once (a minute or two)")
-        rates = measure_rates(device, disk_folder)
+        rates = _measured(device, disk_folder)
         logger.info("Measured in %.0f s; kept in %s", time.perf_counter() - started, file)
         _keep(file, identity, rates)
         return _profile(rates, device, disk_folder, file)
@@ -92,6 +94,25 @@ def in_this_process(profile: HardwareProfile) -> HardwareProfile:
     return replace(profile, process_bytes=max(profile.process_bytes, _held_bytes() + PROCESS_GROWTH))
 
 
+def _measured(device: torch.device, disk_folder: Path) -> dict[str, Any]:
+    """The rates, from a process that holds what measuring takes, and compiles its kernels: a run has the room then."""
+    try:
+        return in_own_process(_measured_with, torch.get_num_threads(), device, disk_folder)
+    except WorkFailed as failure:
+        if failure.was_killed:
+            raise CapacityError(
+                "The process that measures this machine was ended by the system: for a moment it takes over a GiB.",
+                remedy="Raise the limit that it runs under for this first run, or describe the machine with hardware=.",
+            ) from failure
+        logger.warning("Measuring once more, in this process: %s", failure)
+        return measure_rates(device, disk_folder)
+
+
+def _measured_with(threads: int, device: torch.device, disk_folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return measure_rates(device, disk_folder)
+
+
 def check_device(device: torch.device) -> None:
     there: dict[str, Callable[[], bool]] = {
         "cpu": lambda: True,
@@ -109,6 +130,7 @@ def machine_identity(device: torch.device, disk_folder: Path) -> dict[str, Any]:
     """What the rates depend on."""
     return {
         "version": MEASUREMENT_VERSION,
+        "kernels": CODE_FOLDER.name,
         "processor": _processor(),
         "cores": core_count(),
         "threads": torch.get_num_threads(),

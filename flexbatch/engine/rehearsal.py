@@ -104,7 +104,7 @@ class WithoutProduct(nn.Module):
         return x.new_zeros((*x.shape[:-1], self._out_features))
 
 
-class _NoText:
+class NoText:
     """A decoder for tokens that nobody reads."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:  # noqa: ARG002 - a `Decoder`
@@ -158,7 +158,7 @@ def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:
     install_stops(stepped, None, lambda: None)
     slots, span = 2 * JOINING, PROMPT + 2
     arena = KVArena(place_slots(stepped.num_layers, slots, ALL_DEVICE), slots, span, column_slack(span), storage)
-    vocabulary = Vocabulary(_NoText(), frozenset())
+    vocabulary = Vocabulary(NoText(), frozenset())
     return Engine(stepped, weights, arena, storage, vocabulary, prefill_tokens=JOINING * PROMPT, share_prefixes=False)
 
 

@@ -16,4 +16,5 @@ def _digest() -> str:
 
 
 _given: str = config.CACHE_DIR  # type: ignore[attr-defined]
-config.CACHE_DIR = str(Path(_given or Path(__file__).parent / "__pycache__") / f"kernels-{_digest()}")  # type: ignore[attr-defined]
+CODE_FOLDER = Path(_given or Path(__file__).parent / "__pycache__") / f"kernels-{_digest()}"
+config.CACHE_DIR = str(CODE_FOLDER)  # type: ignore[attr-defined]

@@ -89,7 +89,7 @@ def _whole(size: int, part: int) -> int:
     return -(-size // part) * part
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True, inline="always", cache=True)
 def _pairs(rows: int) -> int:
     """Pairs of registers that so many rows take."""
     return (rows + SIDE - 1) // SIDE

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from flexbatch.config import Config
+from flexbatch.engine.compiling import COMPILER_BYTES, compile_ahead
 from flexbatch.engine.engine import Engine
 from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.opening import UNLIMITED, EngineOptions, Limits, open_engine
@@ -13,7 +14,8 @@ from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
 from flexbatch.plan.cost_model import guess_room
-from flexbatch.plan.memory_need import prompts_bytes, working_bytes
+from flexbatch.plan.memory_need import peak_bytes, prompts_bytes, working_bytes
+from flexbatch.plan.policy import Tier
 from flexbatch.plan.rows_in_flight import most_rows
 from flexbatch.report.plan_text import Plan
 from flexbatch.stages.folders import working_folder
@@ -40,6 +42,7 @@ def open_for(
     limits = plan.limits
     cache = working_folder(config.model.cache_dir, "model.cache_dir")
     longest, longest_own = longest_prompts(work)
+    compile_for(plan, model)
     return open_engine(
         model.checkpoint(cache),
         plan.prediction.policy,
@@ -63,6 +66,13 @@ def open_for(
             on_packing=on_packing,
         ),
     )
+
+
+def compile_for(plan: Plan, model: Model) -> None:
+    """Compiles the kernels of a run elsewhere where the plan leaves no room for the compiler."""
+    used = peak_bytes(plan.prediction.needs)
+    if plan.limits.one_memory and plan.limits.device - used[Tier.DEVICE] - used[Tier.HOST] < COMPILER_BYTES:
+        compile_ahead(plan.prediction.policy, model.dtype)
 
 
 def blocked_file_bytes(choice: str, plan: Plan, folder: Path, to_do: float) -> int | None:

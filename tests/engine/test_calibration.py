@@ -130,10 +130,9 @@ def test_a_measurement_gives_possible_figures_and_leaves_no_files(
     monkeypatch.setattr(product_rates, "ROWS", (1, 64, 256))
     for module in (measurement, product_rates):
         monkeypatch.setattr(module, "HIDDEN", 1024)
-    disk, cache = tmp_path / "disk", tmp_path / "cache"
-    profile = measure_hardware(CPU, disk, cache)
-    assert list(disk.iterdir()) == []
-    assert len(list(cache.iterdir())) == 1
+    rates = measurement.measure_rates(CPU, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    profile = calibration._profile(rates, CPU, tmp_path, "here")
     assert profile.gemm_rate("bfloat16", 1024) > 1e9
     assert profile.disk_read > 1e6
 
