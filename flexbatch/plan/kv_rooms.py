@@ -18,6 +18,12 @@ ROOM_BYTES, AHEAD_BYTES = 16 << 20, 1 << 30
 BROUGHT_BYTES = 128 << 20
 
 
+def written_anew(slack: int) -> float:
+    """Of the rows on disk that decode, the share that is written once more in a pass: where what waits in memory is
+    full, and where the arena's columns move, every `slack` passes."""
+    return math.ceil(slack / TAIL_COLUMNS) / slack
+
+
 def reading_rooms(slots: int, block: int) -> tuple[int, int]:
     """How many of a layer's `slots`, of `block` bytes each, are read into one room, and how many rooms there are: for
     all of a layer and one that is in use, or as many as may be read ahead."""

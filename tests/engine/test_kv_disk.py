@@ -186,6 +186,23 @@ def test_a_row_that_entered_in_parts_keeps_its_tokens_when_columns_move_before_i
         rows.storage.close()
 
 
+def test_rows_on_disk_are_written_as_often_as_the_plan_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_rooms, "TAIL_COLUMNS", TAIL)
+    with short_tails():
+        rows = Rows((0, 0), 16, 0, tmp_path)
+        for slot in range(SLOTS):
+            rows.join(slot, 1)
+        written = []
+        for _ in range(2 + 2 * SLACK):
+            rows.one_pass()
+            written.append(rows.arena.statistics().bytes_moved["device>disk"])
+        block = 2 * PAGE  # keys and values, each less than a page
+        passes = 2 * SLACK
+        assert (written[-1] - written[-1 - passes]) / (block * LAYERS * SLOTS * passes) == kv_rooms.written_anew(SLACK)
+        rows.arena.close()
+        rows.storage.close()
+
+
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bloom", "mixtral"])
 @pytest.mark.parametrize("kv", [Shares(0, 0), Shares(0.4, 0.2), Shares(0, 1)], ids=["disk", "mixed", "host"])
 def test_greedy_tokens_are_those_of_transformers_with_rows_elsewhere(family: str, kv: Shares, tmp_path: Path) -> None:
