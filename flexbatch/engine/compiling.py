@@ -24,6 +24,7 @@ from flexbatch.engine.model import build
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.engine.rehearsal import NoText, random_values
 from flexbatch.kernels import CODE_FOLDER
+from flexbatch.kernels.float_tile_products import RECORD_INPUTS
 from flexbatch.kernels.small_products import HAS_TILES
 from flexbatch.memory.own_process import WorkFailed, in_own_process
 from flexbatch.memory.safetensors_header import read_header
@@ -93,7 +94,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Checkpoint:
         num_hidden_layers=LAYERS,
         vocab_size=TOKENS,
         hidden_size=WIDTH,
-        ffn_dim=4 * WIDTH,
+        ffn_dim=RECORD_INPUTS,  # products by compressed weights as they are, and by expanded ones
         num_attention_heads=HEADS,
         word_embed_proj_dim=WIDTH,
         max_position_embeddings=SHARED + LONG + NEW,

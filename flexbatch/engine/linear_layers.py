@@ -1,8 +1,8 @@
 """Linear layers in bfloat16 on a CPU, multiplied the way that is fastest on it.
 
-Where torch's oneDNN multiplies bfloat16, weights are laid out as it likes them (`BlockedLinear`), with the results of
-`torch.nn.Linear`, bit for bit (tests/memory/test_blocked_weight.py). Where it does not, products are our own
-(`WidenedLinear`): summed in float32 and rounded once, as there, but in another order.
+Where the processor multiplies bfloat16, weights are laid out as its fastest products like them (`LaidOutLinear`): ours
+in tile registers, or oneDNN's, with the results of `torch.nn.Linear`, bit for bit. Where it does not, products are our
+own (`WidenedLinear`). All are summed in float32 and rounded once, ours in another order.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from torch.nn import functional
 
 from flexbatch.engine.model import SteppedModel
 from flexbatch.kernels import widened_products
-from flexbatch.memory.blocked_weight import lay_out, linear, suits
+from flexbatch.memory.blocked_weight import suits
+from flexbatch.memory.float_layout import CompressedWeight, is_laid_out, lay_out, linear
 
 
-class BlockedLinear(nn.Linear):
-    """A linear layer whose weight may lie in oneDNN's blocked format. It `rectifies` where ReLU comes after it."""
+class LaidOutLinear(nn.Linear):
+    """A linear layer whose weight may be laid out for the products, or `compressed` besides. It `rectifies` where ReLU
+    comes after it."""
 
     rectifies = False
+    compressed: CompressedWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.compressed is not None:
+            return self.compressed.linear(x, self.bias, self.rectifies)
         return linear(x, self.weight, self.bias, self.rectifies)
 
 
@@ -39,7 +44,7 @@ def use_fastest_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch
         return
     if suits(dtype):
         layers = [stop.module for stop in stepped.stops if stop.layer is not None]
-        _become([module for layer in layers for module in layer.modules()], BlockedLinear)
+        _become([module for layer in layers for module in layer.modules()], LaidOutLinear)
         for layer in range(stepped.num_layers):
             _rectify_within_products(stepped.layer(layer))
     elif widened_products.suit(dtype):
@@ -48,12 +53,12 @@ def use_fastest_linears(stepped: SteppedModel, dtype: torch.dtype, device: torch
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer and nothing else."""
-    return type(module) in (nn.Linear, BlockedLinear, WidenedLinear)
+    return type(module) in (nn.Linear, LaidOutLinear, WidenedLinear)
 
 
 def laid_out_for(module: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     """The value of a module's parameter as the module likes it best."""
-    if isinstance(module, BlockedLinear) and name == "weight" and value.dtype == torch.bfloat16:
+    if isinstance(module, LaidOutLinear) and name == "weight" and value.dtype == torch.bfloat16:
         return lay_out(value)
     return value
 
@@ -65,7 +70,7 @@ def as_multiplied(weight: torch.Tensor) -> torch.Tensor:
 
 def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`inputs` `[rows, in]` times a weight that is laid so."""
-    if weight.is_mkldnn:
+    if is_laid_out(weight):
         return linear(inputs, weight, None)
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and widened_products.suit(weight.dtype):
         return _widened(inputs, weight, None)
@@ -84,7 +89,7 @@ def _rectify_within_products(layer: nn.Module) -> None:
     writes the widest of a layer's results once more."""
     for module in layer.modules():
         first = getattr(module, "fc1", None)
-        if type(first) is BlockedLinear and type(getattr(module, "activation_fn", None)) is nn.ReLU:
+        if type(first) is LaidOutLinear and type(getattr(module, "activation_fn", None)) is nn.ReLU:
             first.rectifies, module.activation_fn = True, nn.Identity()
 
 

@@ -18,6 +18,7 @@ from flexbatch.engine.checkpoint_map import ParameterSource, Place, parameter
 from flexbatch.kernels.exponent_codes import Expansion, expand
 from flexbatch.memory.blocked_weight import BlockedLayout
 from flexbatch.memory.compressed_weight import CompressedLayout
+from flexbatch.memory.float_layout import CompressedWeight, TiledLayout
 from flexbatch.memory.int8_layout import IntegerLayout
 from flexbatch.memory.packed_file import PackedTensor
 from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequantize
@@ -40,7 +41,7 @@ class Scratch:
 
 @dataclass
 class PackedSource(ParameterSource):
-    """A weight that is used as it lies in a packed file: by 8-bit integers, or in oneDNN's blocked format."""
+    """A weight that is used as it lies in a packed file: by 8-bit integers, or as bfloat16."""
 
     packed: PackedTensor | None = None
 
@@ -52,7 +53,7 @@ class PackedSource(ParameterSource):
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
         layout, (first, *_) = self.packed.layout, self.packed.parts.values()
-        assert isinstance(layout, IntegerLayout | BlockedLayout)
+        assert isinstance(layout, IntegerLayout | BlockedLayout | TiledLayout)
         place.module._parameters[place.name] = parameter(layout.weight(tensors[first.name]))
         if "scale" in self.packed.parts:
             place.module.int8_scale = tensors[self.packed.parts["scale"].name]
@@ -96,7 +97,8 @@ class Expanded(Scratch):
 
 @dataclass
 class CompressedSource(PackedSource):
-    """A weight that is expanded to be used, with nothing lost: the matrix number `order` of its stop."""
+    """A weight that is expanded to be used, with nothing lost, or within the product, where that can be: the matrix
+    number `order` of its stop."""
 
     order: int = 0
     scratch: Expanded = field(default_factory=lambda: Expanded({}))
@@ -105,8 +107,13 @@ class CompressedSource(PackedSource):
         assert self.packed is not None
         layout = self.packed.layout
         assert isinstance(layout, CompressedLayout)
+        records = tensors[self.packed.parts["records"].name]
+        if CompressedWeight.suits(layout.inner):
+            vars(place.module)["compressed"] = CompressedWeight(records, layout.exceptions, layout.shape[0])
+            place.module._parameters[place.name] = parameter(records)
+            return
         out = self.scratch.get(self.order, (layout.room,), place)
-        self.scratch.waiting.append(layout.expansion(tensors[self.packed.parts["records"].name], out))
+        self.scratch.waiting.append(layout.expansion(records, out))
         key = (self.order, layout)
         if key not in self.scratch.weights:
             self.scratch.weights[key] = parameter(layout.weight(out))
@@ -117,4 +124,5 @@ class CompressedSource(PackedSource):
 
     def unbind(self, place: Place) -> None:
         super().unbind(place)
+        vars(place.module).pop("compressed", None)
         self.scratch.waiting.clear()  # of a stop whose binding failed; its records are given back

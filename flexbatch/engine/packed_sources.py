@@ -2,7 +2,7 @@
 
 The matrices of the decoder layers are packed; norms, biases, routers, embeddings and the head stay as they are. Packed
 to 8 or 4 bits they are expanded to be used, or multiplied as they are by 8-bit integers (`offload.compute=int8`).
-Unquantised ones can be laid out as oneDNN multiplies them fastest (`BlockedLinear`), and compressed without loss, to be
+Unquantised ones can be laid out as they are multiplied fastest (`LaidOutLinear`), and compressed without loss, to be
 expanded like packed ones.
 """
 
@@ -19,11 +19,12 @@ from torch import nn
 
 from flexbatch.engine.checkpoint_map import ParameterSource
 from flexbatch.engine.experts import routers
-from flexbatch.engine.linear_layers import BlockedLinear, is_linear
+from flexbatch.engine.linear_layers import LaidOutLinear, is_linear
 from flexbatch.engine.model import SteppedModel
 from flexbatch.engine.packed_parameter import CompressedSource, Expanded, PackedSource, QuantizedSource, Scratch
-from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout
-from flexbatch.memory.compressed_weight import PlainLayout, compressed_layouts
+from flexbatch.memory.blocked_weight import BlockedLayout
+from flexbatch.memory.compressed_weight import Inner, PlainLayout, compressed_layouts
+from flexbatch.memory.float_layout import TiledLayout, float_layout
 from flexbatch.memory.int8_layout import int8_layout
 from flexbatch.memory.int8_linear import int8_linear
 from flexbatch.memory.packed_file import OnProgress, PackedTensor, holds_none, is_begun, open_packed
@@ -65,16 +66,17 @@ def block_sources(
     cache_folder: Path,
     on_progress: OnProgress | None = None,
 ) -> dict[str, ParameterSource]:
-    """`sources` with the weights of all `BlockedLinear`s in a file of oneDNN's format: one that is there already or
+    """`sources` with the weights of all `LaidOutLinear`s in a file of the format that they are
+    multiplied in: one that is there already or
     begun, or a new one if it takes no more than `most_bytes`; else as they are.
 
     CapacityError or OutputError where the file cannot be made."""
-    numbers = sum(module.weight.numel() for *_, module in _matrices(stepped) if isinstance(module, BlockedLinear))
+    numbers = sum(module.weight.numel() for *_, module in _matrices(stepped) if isinstance(module, LaidOutLinear))
     if numbers * torch.bfloat16.itemsize > most_bytes and holds_none(cache_folder):
         return dict(sources)  # finding the format would lay a matrix of each shape out
     chosen = _choose(stepped, sources, _blocked)
     layouts = _layouts(chosen)
-    size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout))
+    size = sum(layout.nbytes for layout in layouts.values() if isinstance(layout, BlockedLayout | TiledLayout))
     made = dict(sources)
     if layouts and (size <= most_bytes or is_begun(_plain(sources), layouts, cache_folder)):
         for each, packed in _opened(sources, chosen, cache_folder, on_progress):
@@ -211,7 +213,7 @@ def _smaller(entry: TensorEntry, module: nn.Module, *, weight_bits: int, integer
 
 
 def _blocked(entry: TensorEntry, module: nn.Module) -> Layout | None:
-    return blocked_layout(tuple(entry.shape)) if isinstance(module, BlockedLinear) else None
+    return float_layout(tuple(entry.shape)) if isinstance(module, LaidOutLinear) else None
 
 
 def _compressible(entry: TensorEntry, module: nn.Module) -> Layout | None:
@@ -219,6 +221,6 @@ def _compressible(entry: TensorEntry, module: nn.Module) -> Layout | None:
     return PlainLayout(tuple(entry.shape)) if is_half and len(entry.shape) == 2 else None
 
 
-def _laid_out(shape: tuple[int, ...], module: nn.Module) -> PlainLayout | BlockedLayout:
+def _laid_out(shape: tuple[int, ...], module: nn.Module) -> Inner:
     """How a module's bfloat16 matrix lies when it is multiplied."""
-    return blocked_layout(shape) if isinstance(module, BlockedLinear) else PlainLayout(shape)
+    return float_layout(shape) if isinstance(module, LaidOutLinear) else PlainLayout(shape)

@@ -10,8 +10,9 @@ import torch
 
 from flexbatch.engine.linear_layers import product
 from flexbatch.engine.rehearsal import random_values
-from flexbatch.memory.blocked_weight import blocked_layout, suits
+from flexbatch.memory.blocked_weight import suits
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
+from flexbatch.memory.float_layout import float_layout
 from flexbatch.memory.safetensors_header import TensorEntry
 from flexbatch.memory.transfer import StreamTensor, StreamUnit, WeightStream
 from flexbatch.plan.placement import stream_bytes
@@ -76,9 +77,9 @@ def _alone(inputs: torch.Tensor, resident: list[torch.Tensor], units: int) -> fl
 def _weight(stored: torch.Tensor) -> torch.Tensor:
     """The weight over its bytes, as a packed checkpoint keeps it here."""
     if suits(torch.bfloat16):
-        return blocked_layout((WIDTH, WIDTH)).weight(stored)
+        return float_layout((WIDTH, WIDTH)).weight(stored)
     return stored.view(torch.bfloat16).view(WIDTH, WIDTH)
 
 
 def _matrix_bytes() -> int:
-    return blocked_layout((WIDTH, WIDTH)).nbytes if suits(torch.bfloat16) else WIDTH * WIDTH * 2
+    return float_layout((WIDTH, WIDTH)).nbytes if suits(torch.bfloat16) else WIDTH * WIDTH * 2

@@ -229,23 +229,28 @@ def _join_lanes(
 _join: Any = intrinsic(_join_lanes)
 
 
+@njit(nogil=True)
+def expand_record(record: Any, exceptions: int, numbers: Any) -> None:
+    """In a kernel: the numbers, as uint16 `[CHUNK]`, of a record with room for so many exceptions."""
+    places, exponents, lower, highest, rest = _parts(record, exceptions)
+    least = np.uint16(np.uint16(record[0]) << np.uint16(7))
+    for eighth in range(CHUNK // EIGHTH):
+        start, begun = eighth % 2 * EIGHTH, eighth * EIGHTH
+        by, top = np.uint16(eighth // 2 * 2), np.uint16(eighth)
+        for index in range(0, EIGHTH, LANES):
+            prefetch(rest, begun + index + AHEAD)
+            prefetch(numbers, begun + index + AHEAD)
+            prefetch(numbers, begun + index + AHEAD + LANES // 2)
+            _join(lower, start + index, by, highest, index, top, rest, numbers, begun + index, least)
+    for index in range(record[4:HEADER].view(np.uint32)[0]):
+        place = places[index]
+        kept = numbers[place] & np.uint16(0x807F)
+        numbers[place] = np.uint16(kept | (np.uint16(exponents[index]) << np.uint16(7)))
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _expand(counter: Any, records: Any, exceptions: int, out: Any) -> None:
     chunk = take(counter)
     while chunk < len(records):
-        record, numbers = records[chunk], out[chunk]
-        places, exponents, lower, highest, rest = _parts(record, exceptions)
-        least = np.uint16(np.uint16(record[0]) << np.uint16(7))
-        for eighth in range(CHUNK // EIGHTH):
-            start, begun = eighth % 2 * EIGHTH, eighth * EIGHTH
-            by, top = np.uint16(eighth // 2 * 2), np.uint16(eighth)
-            for index in range(0, EIGHTH, LANES):
-                prefetch(rest, begun + index + AHEAD)
-                prefetch(numbers, begun + index + AHEAD)
-                prefetch(numbers, begun + index + AHEAD + LANES // 2)
-                _join(lower, start + index, by, highest, index, top, rest, numbers, begun + index, least)
-        for index in range(record[4:HEADER].view(np.uint32)[0]):
-            place = places[index]
-            kept = numbers[place] & np.uint16(0x807F)
-            numbers[place] = np.uint16(kept | (np.uint16(exponents[index]) << np.uint16(7)))
+        expand_record(records[chunk], exceptions, out[chunk])
         chunk = take(counter)

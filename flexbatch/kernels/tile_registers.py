@@ -1,4 +1,4 @@
-"""The tile registers of a CPU with AMX, for kernels that Numba compiles, and products of 8-bit integers in them.
+"""The tile registers of a CPU with AMX, for kernels that Numba compiles.
 
 A register holds sixteen rows of 64 bytes. Four of them hold the sums of 32 by 32 numbers, two the left matrix's rows,
 two the right one's columns (Intel's Optimization Reference Manual, chapter 20, "Blocking").
@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from flexbatch.kernels.vectors import INT64, accumulated, fetch, function, has_features, memory_of
+from flexbatch.kernels.vectors import function, has_features, memory_of
 
 ROWS = 16
 """Of a register."""
@@ -101,67 +101,6 @@ def store_sums(builder: Any, memory: Any, targets: Sequence[Any], stride: Any) -
         call(builder, "tilestored64", register, builder.gep(memory, [target]), stride)
 
 
-def _prefetch(builder: Any, memory: Any, at: Any, lines: Any) -> None:
-    """Asks for lines of `memory` from `at` on, which may lie beyond it, for the second cache."""
-
-    def ask(line: Any, _none: list[Any]) -> list[Any]:
-        place = builder.gep(memory, [builder.add(at, builder.mul(line, INT64(LINE)))])
-        fetch(builder, place, nearness=2)
-        return []
-
-    accumulated(builder, lines, [], ask)
-
-
-def _squares(rows: int) -> Any:
-    """The intrinsic that adds up products of int8, in int32, of `rows` registers of rows with two of columns, for
-    `steps` steps.
-
-    The rows' lines are in `left` from byte `own` on, `STEP` bytes a step; the columns' in `right` from `their` on, the
-    lines of both registers in turn. `sums` has a register's sums after another's; what is in it is added to unless
-    `before` is 0. At each step `lines` lines of `right` are asked for, from `ahead` on.
-    """
-    places = [(row, column) for row in range(rows) for column in range(2)]
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, sums = (bytes_of(context, builder, signature, arguments, at) for at in (0, 2, 5))
-        own, their, steps, before, lines, ahead = (arguments[at] for at in (1, 3, 4, 6, 7, 8))
-        targets = [INT64((2 * row + column) * TILE) for row, column in places]
-        adds = builder.icmp_signed("!=", before, INT64(0))
-        begin_sums(builder, sums, targets, INT64(LINE), adds)
-
-        def add(step: Any, _none: list[Any]) -> list[Any]:
-            _prefetch(builder, right, builder.add(ahead, builder.mul(builder.mul(step, lines), INT64(LINE))), lines)
-            ours, theirs = (builder.add(first, builder.mul(step, INT64(STEP))) for first in (own, their))
-            for row, column in places:
-                if column == 0:
-                    load(builder, LEFT[row], left, builder.add(ours, INT64(row * TILE)), INT64(LINE))
-                if row == 0:
-                    at = builder.add(theirs, INT64(column * LINE))
-                    load(builder, RIGHT[column], right, at, INT64(2 * LINE))
-                call(builder, "tdpbssd", 2 * row + column, LEFT[row], RIGHT[column])
-            return []
-
-        accumulated(builder, steps, [], add)
-        store_sums(builder, sums, targets, INT64(LINE))
-        return context.get_dummy_value()
-
-    def squares(
-        _context: Any,
-        left: Any,
-        own: Any,
-        right: Any,
-        their: Any,
-        steps: Any,
-        sums: Any,
-        before: Any,
-        lines: Any,
-        ahead: Any,
-    ) -> Any:
-        return types.void(left, own, right, their, steps, sums, before, lines, ahead), generate
-
-    return intrinsic(squares)
-
-
 _set_up: Any = intrinsic(_begin)
 end: Any = intrinsic(_end)
 """Gives the registers back."""
@@ -175,8 +114,3 @@ def begin() -> None:
     for register in range(8):
         shapes[16 + 2 * register], shapes[48 + register] = LINE, ROWS
     _set_up(shapes)
-
-
-one_by_two: Any = _squares(1)
-two_by_two: Any = _squares(2)
-"""With one register of rows and with two."""

@@ -21,6 +21,7 @@ from flexbatch.errors import OutputError
 from flexbatch.kernels.exponent_codes import CHUNK, Expansion, compress, most_exceptions, record_bytes
 from flexbatch.memory.blocked_weight import BlockedLayout
 from flexbatch.memory.direct_io import AlignedBuffer
+from flexbatch.memory.float_layout import TiledLayout
 from flexbatch.memory.packed_file import OnProgress, file_states, identity, packed_key
 from flexbatch.memory.safetensors_header import TensorEntry
 from flexbatch.memory.source_pieces import Piece, PieceReader
@@ -61,11 +62,15 @@ class PlainLayout:
         return stored.view(torch.bfloat16).view(self.shape)
 
 
+Inner = PlainLayout | BlockedLayout | TiledLayout
+"""How a weight lies when it is multiplied."""
+
+
 @dataclass(frozen=True, slots=True)
 class CompressedLayout:
     """How the bytes of a weight in another layout are kept: records with room for so many exceptions."""
 
-    inner: PlainLayout | BlockedLayout
+    inner: Inner
     exceptions: int
 
     @property
@@ -117,11 +122,11 @@ class CompressedLayout:
         return self.inner.weight(numbers[: self.numbers].view(torch.uint8))
 
 
-Inner = Mapping[str, PlainLayout | BlockedLayout]
-
-
 def compressed_layouts(
-    sources: Mapping[str, TensorEntry], inner: Inner, cache_folder: Path, on_progress: OnProgress | None = None
+    sources: Mapping[str, TensorEntry],
+    inner: Mapping[str, Inner],
+    cache_folder: Path,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, CompressedLayout]:
     """The layouts of those of `sources` that compression makes smaller, from their numbers in the `inner` layouts."""
     file, source = cache_folder / f"{PREFIX}{packed_key(sources, inner)}.json", identity(sources, inner)
@@ -181,19 +186,21 @@ def _sample(entry: TensorEntry) -> torch.Tensor:
     return raw.to(torch.bfloat16).view(1, CHUNK)
 
 
-def _share(inner: Inner, layouts: Mapping[str, CompressedLayout]) -> float:
+def _share(inner: Mapping[str, Inner], layouts: Mapping[str, CompressedLayout]) -> float:
     """Of the bytes of those that are large enough to be compressed, what is left of them."""
     large = {name: layout.nbytes for name, layout in inner.items() if layout.nbytes >= CHUNK_BYTES}
     left = [nbytes * (layouts[name].share if name in layouts else 1.0) for name, nbytes in large.items()]
     return sum(left) / sum(large.values()) if large else 1.0
 
 
-def _smaller(inner: Inner, exceptions: Mapping[str, int]) -> dict[str, CompressedLayout]:
+def _smaller(inner: Mapping[str, Inner], exceptions: Mapping[str, int]) -> dict[str, CompressedLayout]:
     layouts = {name: CompressedLayout(inner[name], count) for name, count in exceptions.items()}
     return {name: layout for name, layout in layouts.items() if layout.share <= LARGEST_SHARE}
 
 
-def _looked_through(sources: Mapping[str, TensorEntry], inner: Inner, on_progress: OnProgress | None) -> dict[str, int]:
+def _looked_through(
+    sources: Mapping[str, TensorEntry], inner: Mapping[str, Inner], on_progress: OnProgress | None
+) -> dict[str, int]:
     """The most exceptions that any chunk of each weight has."""
     found, done, total = {}, 0, sum(entry.nbytes for entry in sources.values())
     with PieceReader() as reader:
@@ -205,7 +212,7 @@ def _looked_through(sources: Mapping[str, TensorEntry], inner: Inner, on_progres
     return found
 
 
-def _chunked(inner: PlainLayout | BlockedLayout, tensor: torch.Tensor) -> torch.Tensor:
+def _chunked(inner: Inner, tensor: torch.Tensor) -> torch.Tensor:
     """The numbers of a weight as they lie in the inner layout, bfloat16 `[chunks, CHUNK]`. The last chunk is filled up
     with numbers of the weight's own, which are as rarely exceptions as the others."""
     (packed,) = inner.pack(tensor)

@@ -86,6 +86,7 @@ def _main() -> None:
         os._exit(_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - told to the other process
         told = (None, f"{type(error).__name__}: {error}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other may end as soon as it has read the answer
     with os.fdopen(answer, "wb") as stream:
         pickle.dump(told, stream)
     os._exit(0)  # native libraries' threads are not waited for

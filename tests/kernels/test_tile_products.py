@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels import tile_products, tile_registers
+from flexbatch.kernels import integer_tile_products, tile_products, tile_registers
 from flexbatch.memory.int8_layout import Int8Layout, TiledInt8Layout, int8_layout, quantize_rows
 from flexbatch.memory.int8_linear import int8_linear
 
@@ -28,7 +28,7 @@ def test_integer_sums_are_exact(rows: int, width: int, out: int, seed: int, larg
     generator, low = torch.Generator().manual_seed(seed), 127 if largest else -127
     values = torch.randint(low, 128, (rows, width), generator=generator, dtype=torch.int8)
     weight = torch.randint(low, 128, (out, width), generator=generator, dtype=torch.int8)
-    sums = tile_products.integer_sums(values, tile_products.tiled(weight), out)
+    sums = integer_tile_products.integer_sums(values, tile_products.tiled(weight), out)
     assert torch.equal(sums, (values.double() @ weight.double().T).int())
 
 

@@ -1,0 +1,127 @@
+"""Linear layers in bfloat16 by tile registers (AMX): summed in float32 and rounded once.
+
+A weight may be compressed (`exponent_codes`). Its columns are then expanded where they are multiplied, by the thread
+that multiplies them, into memory that stays in the second cache; expanded before, they would go out to memory and come
+back (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from flexbatch.kernels import exponent_codes
+from flexbatch.kernels.exponent_codes import expand_record
+from flexbatch.kernels.flat_memory import bits
+from flexbatch.kernels.tile_products import (
+    Kind,
+    as_it_lies,
+    column_place,
+    multiplication,
+    multiply_rows,
+    row_place,
+)
+from flexbatch.kernels.tile_registers import ROWS, SIDE, STEP
+from flexbatch.kernels.tile_squares import FLOATS
+from flexbatch.kernels.vectors import add, fill, larger, load, store_narrowed
+
+MOST_ROWS = 1024
+"""At a time: a compressed weight is expanded for all of them."""
+NUMBER_BYTES = 2
+RECORD_STEPS = exponent_codes.CHUNK * NUMBER_BYTES // STEP
+"""Steps of a square of columns that a record has."""
+RECORD_INPUTS = exponent_codes.CHUNK // SIDE
+"""Inputs whose weights for 32 outputs are in a record."""
+
+
+def suits(outputs: int, inputs: int) -> bool:
+    """Whether a weight of this shape is multiplied without anything missing."""
+    return outputs % SIDE == 0 and inputs % SIDE == 0
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rectified: bool = False) -> torch.Tensor:
+    """`rows` bfloat16 `[rows, in]` times a tiled weight bfloat16, plus `bias` float32 `[out]`, all contiguous, as
+    bfloat16 `[rows, out]`; with `rectified`, zero where it is below."""
+    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
+    given = weight.view(torch.int8).numpy(), bias.numpy(), _least(rectified)
+    multiply_rows(_linear, _bytes(rows), MOST_ROWS, weight.numel() // 2, given, bits(out))
+    return out
+
+
+def compressed_linear(
+    rows: torch.Tensor, records: torch.Tensor, exceptions: int, bias: torch.Tensor, rectified: bool = False
+) -> torch.Tensor:
+    """The same of the records that a tiled weight was compressed to, with room for so many exceptions; `in` is a
+    multiple of `RECORD_INPUTS`."""
+    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
+    given = records.numpy(), exceptions, bias.numpy(), _least(rectified)
+    multiply_rows(_compressed_linear, _bytes(rows), MOST_ROWS, rows.shape[1] * len(bias) // 2, given, bits(out))
+    return out
+
+
+def _least(rectified: bool) -> np.float32:
+    return np.float32(0 if rectified else -np.inf)
+
+
+def _bytes(rows: torch.Tensor) -> Any:
+    return rows.view(torch.int8).numpy()
+
+
+@njit(nogil=True, inline="always")
+def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
+    return numbers
+
+
+@njit(nogil=True)
+def _tell(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
+    """The numbers of the result from column `base` on, of `count` squares, as bfloat16."""
+    bias, least = columns
+    lowest = fill(least)
+    for row in range(len(scale)):
+        at, to = row_place(row, count), row * width + base
+        for column in range(0, count * SIDE, ROWS):
+            own = add(load(sums, at + column_place(column)), load(bias, base + column))
+            store_narrowed(out, to + column, larger(lowest, own))  # NaN stays
+
+
+@njit(nogil=True)
+def _expand(weight: Any, square: int, count: int, part: int, parts: int, room: Any) -> Any:
+    """One of the `parts` of each square from `square` on, side by side."""
+    records, exceptions = weight
+    numbers = room.view(np.uint16)
+    for each in range(count):
+        to = numbers[each * exponent_codes.CHUNK :][: exponent_codes.CHUNK]
+        expand_record(records[(square + each) * parts + part], exceptions, to)
+    return room.view(np.int8), 0
+
+
+_plain_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, as_it_lies, _tell))
+_compressed_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, _expand, _tell, RECORD_STEPS))
+
+
+# Numba keeps the code of functions that are no closures.
+@njit(nogil=True, cache=True, error_model="numpy")
+def _linear(
+    counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, bias: Any, least: Any, out: Any
+) -> None:
+    _plain_product(counter, rows, left, scale, state, weight, (bias, least), out, rows.shape[1])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _compressed_linear(
+    counter: Any,
+    rows: Any,
+    left: Any,
+    scale: Any,
+    state: Any,
+    records: Any,
+    exceptions: int,
+    bias: Any,
+    least: Any,
+    out: Any,
+) -> None:
+    weight = records, exceptions
+    _compressed_product(counter, rows, left, scale, state, weight, (bias, least), out, rows.shape[1])

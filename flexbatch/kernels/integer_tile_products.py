@@ -1,0 +1,116 @@
+"""Products of 8-bit integers by tile registers (AMX), and linear layers around them: each row rounded to int8 by its
+largest number, sums exact, scaled in float32 and rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from flexbatch.kernels.flat_memory import bits
+from flexbatch.kernels.floats import narrowed, widened
+from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
+from flexbatch.kernels.tile_products import (
+    Kind,
+    as_it_lies,
+    column_place,
+    multiplication,
+    multiply_rows,
+    row_place,
+)
+from flexbatch.kernels.tile_registers import ROWS, SIDE
+from flexbatch.kernels.tile_squares import INTEGERS
+from flexbatch.kernels.vectors import add, fill, integers, larger, load, multiply, store_narrowed
+
+MOST_ROWS = 512
+TOGETHER = 4
+"""Numbers of a row, or of a column, that lie side by side."""
+
+
+def linear(
+    rows: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, offset: torch.Tensor, rectified: bool = False
+) -> torch.Tensor:
+    """`rows` bfloat16 `[rows, in]` times a tiled weight of scales float32 `[out]`, plus `offset` float32 `[out]`, all
+    contiguous. Each row is rounded to int8 by its largest number; the sums are exact, scaled in float32 and rounded
+    once to bfloat16 `[rows, out]`; with `rectified`, zero where they are below it."""
+    least = np.float32(0 if rectified else -np.inf)
+    out = torch.empty(len(rows), len(offset), dtype=torch.bfloat16)
+    given = weight.numpy(), weight_scale.numpy(), offset.numpy(), least
+    multiply_rows(_linear, bits(rows), MOST_ROWS, weight.numel() // TOGETHER, given, bits(out))
+    return out
+
+
+def integer_sums(values: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """`values` int8 `[rows, in]`, contiguous, times a tiled weight of `columns` outputs: exact, int32 `[rows, out]`."""
+    out = torch.empty(len(values), columns, dtype=torch.int32)
+    multiply_rows(_sums, values.numpy(), MOST_ROWS, weight.numel() // TOGETHER, (weight.numpy(),), out.numpy())
+    return out
+
+
+@njit(nogil=True)
+def _round(numbers: Any, values: Any, scale: Any, row: int) -> Any:
+    """A row of bfloat16 as int8 in `values`; its scale to its place in `scale`."""
+    scale[row] = rounded_row(numbers, values, 0)
+    return values
+
+
+@njit(nogil=True, inline="always")
+def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
+    return numbers
+
+
+@njit(nogil=True)
+def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
+    """The numbers of the result from column `base` on, of `count` squares: scaled, as bfloat16."""
+    column_scale, offset, least = columns
+    end = min(count * SIDE, width - base)
+    lowest, whole = fill(least), end // ROWS * ROWS
+    for row in range(len(scale)):
+        at, to, times = row_place(row, count), row * width + base, fill(scale[row])
+        for column in range(0, whole, ROWS):
+            own = multiply(integers(sums, at + column_place(column)), times)
+            own = multiply(own, load(column_scale, base + column))
+            own = add(own, load(offset, base + column))
+            store_narrowed(out, to + column, larger(lowest, own))  # NaN stays
+        for column in range(whole, end):
+            total = sums[at + column_place(column)]
+            one = scaled_sum(total, scale[row], column_scale[base + column], offset[base + column])
+            out[to + column] = narrowed(least) if widened(one) < least else one
+
+
+@njit(nogil=True)
+def _tell_exact(sums: Any, count: int, scale: Any, _columns: Any, base: int, out: Any, width: int) -> None:
+    """The same, as they are."""
+    for row in range(len(scale)):
+        at, to = row_place(row, count), row * width + base
+        for column in range(min(count * SIDE, width - base)):
+            out[to + column] = sums[at + column_place(column)]
+
+
+_scaled_product = multiplication(Kind(INTEGERS, np.int32, _round, as_it_lies, _tell_scaled))
+_exact_product = multiplication(Kind(INTEGERS, np.int32, _as_it_is, as_it_lies, _tell_exact))
+
+
+# Numba keeps the code of functions that are no closures.
+@njit(nogil=True, cache=True, error_model="numpy")
+def _linear(
+    counter: Any,
+    rows: Any,
+    left: Any,
+    scale: Any,
+    state: Any,
+    weight: Any,
+    weight_scale: Any,
+    offset: Any,
+    least: Any,
+    out: Any,
+) -> None:
+    columns = weight_scale, offset, least
+    _scaled_product(counter, rows, left, scale, state, weight, columns, out, rows.shape[1])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sums(counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, out: Any) -> None:
+    _exact_product(counter, rows, left, scale, state, weight, (), out, rows.shape[1])
