@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from transformers import AutoConfig
 
 from flexbatch.bench.trial import Outcome, Trial
@@ -62,15 +64,19 @@ def least_seconds(work: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def gemm_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> float:
-    """FLOP/s of one layer's matrices in turn: together they are larger than a cache, as streamed weights are."""
-    weights = [as_multiplied(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    inputs = {width: torch.randn(rows, width, dtype=dtype) for _, width in shapes}
+    """FLOP/s of one layer's matrices in turn, by the engine's products or torch's, whichever are faster: together they
+    are larger than a cache, as streamed weights are."""
+    plain = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    laid_out = [as_multiplied(weight) for weight in plain]
+    inputs = [torch.randn(rows, width, dtype=dtype) for _, width in shapes]
 
-    def work() -> None:
-        for weight in weights:
-            product(inputs[weight.shape[1]], weight)
+    def work(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: list[torch.Tensor]) -> None:
+        for each, weight in zip(inputs, weights, strict=True):
+            multiply(each, weight)
 
-    return 2.0 * rows * sum(weight.numel() for weight in weights) / least_seconds(work)
+    pairs = ((product, laid_out), (functional.linear, plain))
+    seconds = min(least_seconds(partial(work, *pair)) for pair in pairs)
+    return 2.0 * rows * sum(out * width for out, width in shapes) / seconds
 
 
 @torch.inference_mode()
