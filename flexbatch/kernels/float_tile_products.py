@@ -1,8 +1,8 @@
 """Linear layers in bfloat16 by tile registers (AMX): summed in float32 and rounded once.
 
-A weight may be compressed (`exponent_codes`). Its columns are then expanded where they are multiplied, by the thread
-that multiplies them, into memory that stays in the second cache; expanded before, they would go out to memory and come
-back (docs/benchmarks.md).
+A weight may lie as it is stored, or be compressed (`exponent_codes`). Its columns are then laid out, or expanded, where
+they are multiplied, by the thread that multiplies them, in memory that stays in the second cache; expanded before, they
+would go out to memory and come back (docs/benchmarks.md). The result has the same bits however the weight lies.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from flexbatch.kernels.tile_products import (
 )
 from flexbatch.kernels.tile_registers import ROWS, SIDE, STEP
 from flexbatch.kernels.tile_squares import FLOATS
+from flexbatch.kernels.transposition import transpose
 from flexbatch.kernels.vectors import add, fill, larger, load, store_narrowed
 
 MOST_ROWS = 1024
@@ -48,6 +49,16 @@ def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rectifi
     out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
     given = weight.view(torch.int8).numpy(), bias.numpy(), _least(rectified)
     multiply_rows(_linear, _bytes(rows), MOST_ROWS, weight.numel() // 2, given, bits(out))
+    return out
+
+
+def stored_linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rectified: bool = False
+) -> torch.Tensor:
+    """The same of a weight `[out, in]` as it is stored, contiguous, from an address on that is a multiple of 4."""
+    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
+    given = weight.view(torch.uint32).view(-1).numpy(), bias.numpy(), _least(rectified)
+    multiply_rows(_stored_linear, _bytes(rows), MOST_ROWS, weight.numel() // 2, given, bits(out))
     return out
 
 
@@ -88,17 +99,31 @@ def _tell(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, 
 
 
 @njit(nogil=True)
-def _expand(weight: Any, square: int, count: int, part: int, parts: int, room: Any) -> Any:
-    """One of the `parts` of each square from `square` on, side by side."""
+def _expand(weight: Any, square: int, count: int, start: int, steps: int, whole: int, room: Any) -> Any:
+    """The records of each square from `square` on, side by side."""
     records, exceptions = weight
     numbers = room.view(np.uint16)
     for each in range(count):
         to = numbers[each * exponent_codes.CHUNK :][: exponent_codes.CHUNK]
-        expand_record(records[(square + each) * parts + part], exceptions, to)
+        expand_record(records[((square + each) * whole + start) // steps], exceptions, to)
+    return room.view(np.int8), 0
+
+
+@njit(nogil=True)
+def _turn(weight: Any, square: int, count: int, start: int, steps: int, whole: int, room: Any) -> Any:
+    """The same of a weight as it is stored, uint32 in one dimension, two numbers of a column's each."""
+    numbers, length = room.view(np.uint32), whole * ROWS
+    for each in range(count):
+        for half in range(0, SIDE, ROWS):
+            at = ((square + each) * SIDE + half) * length + start * ROWS
+            to = each * steps * ROWS * SIDE + half
+            for unit in range(0, steps * ROWS, ROWS):
+                transpose(weight, at + unit, length, numbers, to + unit * SIDE, SIDE)
     return room.view(np.int8), 0
 
 
 _plain_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, as_it_lies, _tell))
+_turned_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, _turn, _tell, RECORD_STEPS))
 _compressed_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, _expand, _tell, RECORD_STEPS))
 
 
@@ -108,6 +133,13 @@ def _linear(
     counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, bias: Any, least: Any, out: Any
 ) -> None:
     _plain_product(counter, rows, left, scale, state, weight, (bias, least), out, rows.shape[1])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _stored_linear(
+    counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, bias: Any, least: Any, out: Any
+) -> None:
+    _turned_product(counter, rows, left, scale, state, weight, (bias, least), out, rows.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -39,8 +39,8 @@ READING = 24
 
 class Kind(NamedTuple):
     """What is multiplied and how: `squares` with one register of rows and with two, whose sums are of type `sums`;
-    `values_of` gives a row as the registers take it, in bytes; `bring` the part of the weight for some squares of
-    columns from one of its `slices` on, `tell` writes what becomes of their sums.
+    `values_of` gives a row as the registers take it, in bytes; `bring` the weight for some squares of columns, some of
+    their steps, and where in it those begin; `tell` writes what becomes of their sums.
 
     `slice_steps` says how many steps of a square `bring` writes into its room (0: none, it finds all of them).
     """
@@ -199,15 +199,15 @@ def multiplication(kind: Kind) -> Any:
         lay_all(rows, left, scale, state, length)
         width, whole = out.shape[1], (length + LINE - 1) // LINE
         together, squares = _squares_together(len(rows), width), (width + SIDE - 1) // SIDE
-        steps = slice_steps or whole
         sums, told = aligned(pairs_of(len(rows)) * together * SUMS).view(sum_type), out.reshape(-1)
         room = aligned(together * slice_steps * STEP // 4)
         begin()
         square = take(counter) * together
         while square < squares:
             count = min(together, squares - square)
-            for start in range(0, whole, steps):
-                right, first = bring(weight, square, count, start // steps, whole // steps, room)
+            for start in range(0, whole, slice_steps or whole):
+                steps = min(slice_steps or whole, whole - start)
+                right, first = bring(weight, square, count, start, steps, whole, room)
                 add_up(left, len(rows), right, first, count, start, steps, whole, sums)
             tell(sums, count, scale, columns, square * SIDE, told, width)
             square = take(counter) * together
@@ -217,6 +217,6 @@ def multiplication(kind: Kind) -> Any:
 
 
 @njit(nogil=True, inline="always")
-def as_it_lies(weight: Any, square: int, _count: int, _slice: int, _slices: int, _room: Any) -> Any:
+def as_it_lies(weight: Any, square: int, _count: int, _start: int, _steps: int, _whole: int, _room: Any) -> Any:
     """`Kind.bring` of a weight that is multiplied where it is."""
     return weight, square

@@ -61,11 +61,13 @@ def is_laid_out(weight: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rectified: bool = False) -> torch.Tensor:
     """`x` `[..., in]` bfloat16 times a weight as it was laid out, or a plain one `[out, in]`, plus `bias` `[out]`:
     summed in float32 and rounded once. With `rectified`, what ReLU makes of it."""
-    if weight.is_mkldnn or weight.dim() > 1:
+    if weight.dim() == 1:
+        multiply, outputs = float_tile_products.linear, weight.numel() // x.shape[-1]
+    elif not weight.is_mkldnn and _is_for_tiles(tuple(weight.shape)) and _is_whole(weight):
+        multiply, outputs = float_tile_products.stored_linear, len(weight)
+    else:
         return blocked_weight.linear(x, weight, bias, rectified)
-    outputs = weight.numel() // x.shape[-1]
-    made = float_tile_products.linear(_rows(x), weight, _added(bias, outputs), rectified)
-    return made.view(*x.shape[:-1], outputs)
+    return multiply(_rows(x), weight, _added(bias, outputs), rectified).view(*x.shape[:-1], outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,11 @@ class CompressedWeight:
 
 def _is_for_tiles(shape: tuple[int, ...]) -> bool:
     return tile_registers.are_ours() and len(shape) == 2 and float_tile_products.suits(*shape)
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Whether two numbers of a stored weight can be read at once."""
+    return weight.is_contiguous() and weight.data_ptr() % 4 == 0
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,14 @@ def test_a_compressed_weight_gives_the_bits_of_itself(
     assert torch.equal(made, linear(x, tiled, bias, rectified))
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, width=st.integers(1, 140), out=st.integers(1, 12), at=st.sampled_from([0, 2, 30]))
+def test_a_weight_as_it_is_stored_gives_them_too(rows: int, width: int, out: int, at: int) -> None:
+    x, memory, bias = drawn(rows, 32 * width, seed=1), drawn(at + 1024 * width * out, seed=2), drawn(32 * out, seed=3)
+    stored = memory[at:].view(32 * out, 32 * width)
+    assert torch.equal(linear(x, stored, bias), linear(x, lay_out(stored), bias))
+
+
 def test_large_layers_on_all_threads_give_them_too() -> None:
     x, weight = drawn(600, 4096, seed=1), drawn(2048, 4096, seed=2)
     tiled = lay_out(weight)
@@ -70,6 +78,7 @@ def test_large_layers_on_all_threads_give_them_too() -> None:
     wanted = torch.cat([linear(x, lay_out(part.contiguous()), None) for part in weight.split(32)], dim=1)
     for _ in range(10):
         assert torch.equal(linear(x, tiled, None), wanted)
+        assert torch.equal(linear(x, weight, None), wanted)
         assert torch.equal(CompressedWeight(records, exceptions, 2048).linear(x, None), wanted)
 
 
