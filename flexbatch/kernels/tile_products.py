@@ -10,6 +10,7 @@ What is missing to 32 outputs and 64 bytes is zero.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,9 +74,21 @@ def multiply_rows(kernel: Any, rows: Any, most: int, pairs: int, given: tuple[An
     for first in range(0, len(rows), most):
         part = slice(first, min(len(rows), first + most))
         many = part.stop - first
-        left = torch.empty(pairs_of(many) * steps * STEP, dtype=torch.int8).numpy()
+        left = _left_room(pairs_of(many) * steps * STEP)
         before = rows[part], left, np.empty(many, np.float32), np.zeros(2, np.int64)
         share_out(kernel, *before, *given, out[part], operations=(READING + many) * pairs)
+
+
+_rooms = threading.local()
+
+
+def _left_room(nbytes: int) -> Any:
+    """Memory for a left matrix, int8: the calling thread's, and the same for its next product. Taken anew each time,
+    blocks of so many sizes would make the heap grow."""
+    room = getattr(_rooms, "left", None)
+    if room is None or len(room) < nbytes:
+        room = _rooms.left = torch.empty(nbytes, dtype=torch.int8)
+    return room[:nbytes].numpy()
 
 
 def _width(weight: torch.Tensor) -> int:
