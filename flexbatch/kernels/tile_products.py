@@ -57,9 +57,12 @@ class Kind(NamedTuple):
 def tiled(weight: torch.Tensor) -> torch.Tensor:
     """A weight `[out, in]` as it is multiplied, in one dimension of `tiled_bytes` bytes."""
     rows, columns = weight.shape
-    together, padded = 4 // weight.itemsize, weight.new_zeros(_whole(rows, SIDE), _width(weight) // weight.itemsize)
-    padded[:rows, :columns] = weight
-    blocks = padded.view(-1, SIDE, padded.shape[1] // together, together)
+    together, whole = 4 // weight.itemsize, (_whole(rows, SIDE), _whole(columns, LINE // weight.itemsize))
+    if whole != (rows, columns):
+        padded = weight.new_zeros(whole)
+        padded[:rows, :columns] = weight
+        weight = padded
+    blocks = weight.reshape(-1, SIDE, whole[1] // together, together)
     return blocks.transpose(1, 2).contiguous().view(-1)
 
 
@@ -89,10 +92,6 @@ def _left_room(nbytes: int) -> Any:
     if room is None or len(room) < nbytes:
         room = _rooms.left = torch.empty(nbytes, dtype=torch.int8)
     return room[:nbytes].numpy()
-
-
-def _width(weight: torch.Tensor) -> int:
-    return _whole(weight.shape[1] * weight.itemsize, LINE)
 
 
 def _whole(size: int, part: int) -> int:
