@@ -16,18 +16,16 @@ from pathlib import Path
 
 import torch
 from llvmlite import binding
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from flexbatch.engine.growing import Vocabulary
 from flexbatch.engine.model import build
 from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
-from flexbatch.engine.rehearsal import NoText, random_values
+from flexbatch.engine.rehearsal import NoText, save_random
 from flexbatch.kernels import CODE_FOLDER
 from flexbatch.kernels.float_tile_products import RECORD_INPUTS
 from flexbatch.kernels.small_products import HAS_TILES
 from flexbatch.memory.own_process import WorkFailed, in_own_process
-from flexbatch.memory.safetensors_header import read_header
 from flexbatch.plan.policy import ALL_DEVICE, Policy, Shares
 from flexbatch.records import Request, Sampling
 
@@ -99,10 +97,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype) -> Checkpoint:
         word_embed_proj_dim=WIDTH,
         max_position_embeddings=SHARED + LONG + NEW,
     )
-    parameters, cpu = build(config, dtype).model.named_parameters(), torch.device("cpu")
-    file = folder / "model.safetensors"
-    save_file({name: random_values(each.shape, each.dtype, cpu) for name, each in parameters}, file)
-    entries, _ = read_header(file)
+    entries = save_random(build(config, dtype).model, folder / "model.safetensors")
     return Checkpoint(config, entries, str(folder))
 
 

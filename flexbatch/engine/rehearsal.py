@@ -30,7 +30,7 @@ from flexbatch.engine.model import SteppedModel, build, decoder_layers
 from flexbatch.engine.storage import Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.memory.direct_io import BufferedReader
-from flexbatch.memory.safetensors_header import read_header
+from flexbatch.memory.safetensors_header import TensorEntry, read_header
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.plan.model_spec import layer_activations
 from flexbatch.plan.placement import place_slots
@@ -86,6 +86,14 @@ def random_values(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     """Normal numbers in rows that repeat, which arithmetic does not see: made in a moment."""
     few = torch.randn(min(64, shape[0]), *shape[1:], dtype=dtype, device=device) * DEVIATION
     return few.repeat(-(-shape[0] // len(few)), *(1 for _ in shape[1:]))[: shape[0]].contiguous()
+
+
+def save_random(model: nn.Module, file: Path) -> dict[str, TensorEntry]:
+    """Writes random weights for the model; where they lie in the file, by name."""
+    cpu = torch.device("cpu")
+    save_file({name: random_values(each.shape, each.dtype, cpu) for name, each in model.named_parameters()}, file)
+    entries, _ = read_header(file)
+    return entries
 
 
 def _product_flop(width: int) -> float:
@@ -147,11 +155,7 @@ def _model(device: torch.device, width: int, layers: int) -> SteppedModel:
 
 def _open(device: torch.device, folder: Path, stepped: SteppedModel) -> Engine:
     """An engine for the model, its weights random and resident."""
-    parameters = dict(stepped.model.named_parameters())
-    cpu = torch.device("cpu")
-    made = {name: random_values(each.shape, each.dtype, cpu) for name, each in parameters.items()}
-    save_file(made, folder / "model.safetensors")
-    entries, _ = read_header(folder / "model.safetensors")
+    entries = save_random(stepped.model, folder / "model.safetensors")
     storage = Storage(device, {tier: TierBudget(tier, ROOM) for tier in Tier}, folder)
     sources = map_checkpoint(stepped.model, entries, str(folder))
     weights = Weights(stepped, sources, ALL_DEVICE, storage, StreamOptions(BufferedReader()))

@@ -18,6 +18,7 @@ from flexbatch.kernels.exponent_codes import expand_record
 from flexbatch.kernels.flat_memory import bits
 from flexbatch.kernels.tile_products import (
     Kind,
+    as_it_is,
     as_it_lies,
     column_place,
     multiplication,
@@ -46,20 +47,14 @@ def suits(outputs: int, inputs: int) -> bool:
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rectified: bool = False) -> torch.Tensor:
     """`rows` bfloat16 `[rows, in]` times a tiled weight bfloat16, plus `bias` float32 `[out]`, all contiguous, as
     bfloat16 `[rows, out]`; with `rectified`, zero where it is below."""
-    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
-    given = weight.view(torch.int8).numpy(), bias.numpy(), _least(rectified)
-    multiply_rows(_linear, _bytes(rows), MOST_ROWS, weight.numel() // 2, given, bits(out))
-    return out
+    return _multiplied(_linear, rows, (weight.view(torch.int8).numpy(),), bias, rectified)
 
 
 def stored_linear(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, rectified: bool = False
 ) -> torch.Tensor:
     """The same of a weight `[out, in]` as it is stored, contiguous, from an address on that is a multiple of 4."""
-    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
-    given = weight.view(torch.uint32).view(-1).numpy(), bias.numpy(), _least(rectified)
-    multiply_rows(_stored_linear, _bytes(rows), MOST_ROWS, weight.numel() // 2, given, bits(out))
-    return out
+    return _multiplied(_stored_linear, rows, (weight.view(torch.uint32).view(-1).numpy(),), bias, rectified)
 
 
 def compressed_linear(
@@ -67,23 +62,17 @@ def compressed_linear(
 ) -> torch.Tensor:
     """The same of the records that a tiled weight was compressed to, with room for so many exceptions; `in` is a
     multiple of `RECORD_INPUTS`."""
+    return _multiplied(_compressed_linear, rows, (records.numpy(), exceptions), bias, rectified)
+
+
+def _multiplied(
+    kernel: Any, rows: torch.Tensor, weight: tuple[Any, ...], bias: torch.Tensor, rectified: bool
+) -> torch.Tensor:
     out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
-    given = records.numpy(), exceptions, bias.numpy(), _least(rectified)
-    multiply_rows(_compressed_linear, _bytes(rows), MOST_ROWS, rows.shape[1] * len(bias) // 2, given, bits(out))
+    given = *weight, bias.numpy(), np.float32(0 if rectified else -np.inf)
+    pairs = rows.shape[1] * len(bias) // 2
+    multiply_rows(kernel, rows.view(torch.int8).numpy(), MOST_ROWS, pairs, given, bits(out))
     return out
-
-
-def _least(rectified: bool) -> np.float32:
-    return np.float32(0 if rectified else -np.inf)
-
-
-def _bytes(rows: torch.Tensor) -> Any:
-    return rows.view(torch.int8).numpy()
-
-
-@njit(nogil=True, inline="always")
-def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
-    return numbers
 
 
 @njit(nogil=True)
@@ -122,9 +111,9 @@ def _turn(weight: Any, square: int, count: int, start: int, steps: int, whole: i
     return room.view(np.int8), 0
 
 
-_plain_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, as_it_lies, _tell))
-_turned_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, _turn, _tell, RECORD_STEPS))
-_compressed_product = multiplication(Kind(FLOATS, np.float32, _as_it_is, _expand, _tell, RECORD_STEPS))
+_plain_product = multiplication(Kind(FLOATS, np.float32, as_it_is, as_it_lies, _tell))
+_turned_product = multiplication(Kind(FLOATS, np.float32, as_it_is, _turn, _tell, RECORD_STEPS))
+_compressed_product = multiplication(Kind(FLOATS, np.float32, as_it_is, _expand, _tell, RECORD_STEPS))
 
 
 # Numba keeps the code of functions that are no closures.

@@ -14,6 +14,7 @@ from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
 from flexbatch.kernels.tile_products import (
     Kind,
+    as_it_is,
     as_it_lies,
     column_place,
     multiplication,
@@ -56,11 +57,6 @@ def _round(numbers: Any, values: Any, scale: Any, row: int) -> Any:
     return values
 
 
-@njit(nogil=True, inline="always")
-def _as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
-    return numbers
-
-
 @njit(nogil=True)
 def _tell_scaled(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
     """The numbers of the result from column `base` on, of `count` squares: scaled, as bfloat16."""
@@ -90,7 +86,7 @@ def _tell_exact(sums: Any, count: int, scale: Any, _columns: Any, base: int, out
 
 
 _scaled_product = multiplication(Kind(INTEGERS, np.int32, _round, as_it_lies, _tell_scaled))
-_exact_product = multiplication(Kind(INTEGERS, np.int32, _as_it_is, as_it_lies, _tell_exact))
+_exact_product = multiplication(Kind(INTEGERS, np.int32, as_it_is, as_it_lies, _tell_exact))
 
 
 # Numba keeps the code of functions that are no closures.

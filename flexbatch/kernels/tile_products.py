@@ -229,6 +229,12 @@ def multiplication(kind: Kind) -> Any:
 
 
 @njit(nogil=True, inline="always")
+def as_it_is(numbers: Any, _values: Any, _scale: Any, _row: int) -> Any:
+    """`Kind.values_of` a row that is in the registers' numbers already."""
+    return numbers
+
+
+@njit(nogil=True, inline="always")
 def as_it_lies(weight: Any, square: int, _count: int, _start: int, _steps: int, _whole: int, _room: Any) -> Any:
     """`Kind.bring` of a weight that is multiplied where it is."""
     return weight, square
