@@ -99,6 +99,16 @@ class DiskSlots:
             for tail in self._tails:
                 tail[slot] = tail[slot].roll(-left, 1)
 
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes to slot `target`, with its block: nothing is read or written."""
+        self._blocks.swap(source, target)
+        self._newer[target] = self._newer.pop(source, range(0))
+        self._to_move[target] = self._to_move.pop(source, 0)
+        if self._entering in (source, target):
+            self._entering = target if self._entering == source else None
+        for tail in self._tails:
+            tail[target] = tail[source]
+
     def load(self, slot: int) -> Parts:
         """The slot's parts `[heads, columns, ...]` with all tokens, in memory that the next `load` or `read` takes."""
         parts = self._blocks.layout.slot(self._traffic.fetch(self._blocks, slot))

@@ -89,6 +89,10 @@ class MemorySlots:
             for slot, left in zip(part, by, strict=False):
                 move_columns(slot, left)
 
+    def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes to slot `target`."""
+        self.store(target, self.load(source))
+
     def load(self, slot: int) -> Parts:
         """All columns of a slot `[heads, columns, ...]`."""
         return tuple(part[slot] for part in self.parts)

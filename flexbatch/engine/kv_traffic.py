@@ -1,7 +1,8 @@
 """Carries the blocks of a KV cache on disk: read ahead of their use, a few at a time, and written behind it.
 
-A layer's slots are blocks of a file, one after the other, carried past the page cache. They come into rooms that all
-layers use in turn; what the decode batch has attended to makes room for those of the next layer.
+A layer's slots are blocks of a file, carried past the page cache. They come into rooms that all layers use in turn;
+what the decode batch has attended to makes room for those of the next layer, and after the last one for those of the
+first in the next pass. What changes on the disk meanwhile is read once more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -58,30 +60,46 @@ class BlockLayout:
 
 @dataclass(frozen=True, eq=False)
 class DiskBlocks:
-    """The blocks of one layer's slots from `first` on, numbered from 0 here."""
+    """One layer's slots from `first` on, numbered from 0 here; `places` says which block of the file is whose."""
 
     first: int
-    count: int
     layout: BlockLayout
     file: DiskFile
+    places: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    def swap(self, slot: int, other: int) -> None:
+        """Two slots get each other's block."""
+        self.places[slot], self.places[other] = self.places[other], self.places[slot]
+
+
+STALE = -1
+"""In place of a block that has changed since it was read."""
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Some slots of a layer on their way into a room."""
+    """Some slots of a layer on their way into a room, and which blocks come, one after the other."""
 
     of: DiskBlocks
     slots: slice
+    places: list[int]
     room: AlignedBuffer
     reads: list[Future[None]]
+
+    def covers(self, blocks: DiskBlocks, some: slice) -> bool:
+        return self.of is blocks and self.slots.start == some.start and self.slots.stop >= some.stop
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A block on its way to a slot of a layer."""
+    """A block on its way to a place in a layer's file."""
 
     of: DiskBlocks
-    slot: int
+    place: int
     block: AlignedBuffer
     written: Future[None]
 
@@ -99,6 +117,8 @@ class DiskTraffic:
         self._free: list[AlignedBuffer] = []
         self._sent: deque[_Sent] = deque()
         self._made = 0
+        # Slots in use: of the decode batch in this pass, and with those that have got a block in it.
+        self._live = self._gained = 0
         self._waited, self._moved = 0.0, Counter[str]()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kv-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-writer")
@@ -112,12 +132,15 @@ class DiskTraffic:
         return AlignedBuffer(nbytes)
 
     def take(self, blocks: DiskBlocks, rows: int) -> Iterator[tuple[slice, Parts]]:
-        """The slots 0 to rows - 1 of the layer as they are on disk, some at a time; what comes after them, here and in
-        the next layers, is read meanwhile."""
+        """The slots 0 to rows - 1 of the layer as they are on disk, some at a time; what comes after them, here, in the
+        next layers and in the next pass, is read meanwhile."""
+        self._live = blocks.first + rows
+        if blocks is self._layers[0]:
+            self._gained = 0
         for some in self._cut(blocks, 0, rows):
             reading = self._arriving(blocks, some)
             try:
-                self._read_ahead(reading, blocks.first + rows)
+                self._read_ahead(reading)
                 self._await(reading.reads)
                 yield some, blocks.layout.views(reading.room, some.stop - some.start)
             finally:
@@ -125,7 +148,6 @@ class DiskTraffic:
 
     def fetch(self, blocks: DiskBlocks, slot: int) -> AlignedBuffer:
         """One slot's block as it is on disk, at once."""
-        self._discard()
         reading = self._begin(blocks, slice(slot, slot + 1))
         self._rooms.append(reading.room)
         self._await(reading.reads)
@@ -142,12 +164,14 @@ class DiskTraffic:
         return block if block.nbytes >= nbytes else self.admitted(nbytes)
 
     def send(self, blocks: DiskBlocks, slot: int, block: AlignedBuffer) -> None:
-        if any(ahead.of is blocks and ahead.slots.start <= slot < ahead.slots.stop for ahead in self._ahead):
-            self._discard()  # it was read too early
-        size = blocks.layout.nbytes
-        written = self._writer.submit(blocks.file.write, slot * size, block.bytes[:size])
+        place, size = blocks.places[slot], blocks.layout.nbytes
+        for ahead in self._ahead:
+            if ahead.of is blocks and place in ahead.places:
+                ahead.places[ahead.places.index(place)] = STALE
+        self._gained = max(self._gained, blocks.first + slot + 1)
+        written = self._writer.submit(blocks.file.write, place * size, block.bytes[:size])
         self._moved["device>disk"] += size
-        self._sent.append(_Sent(blocks, slot, block, written))
+        self._sent.append(_Sent(blocks, place, block, written))
 
     def statistics(self) -> StreamStatistics:
         """Bytes by link and seconds that the walk waited, since the start; nothing else is counted."""
@@ -165,27 +189,34 @@ class DiskTraffic:
 
     def _arriving(self, blocks: DiskBlocks, some: slice) -> _Reading:
         """These slots on their way: read ahead, or as of now."""
-        if self._ahead and self._ahead[0].of is blocks and self._ahead[0].slots == some:
-            return self._ahead.popleft()
-        self._discard()
-        return self._begin(blocks, some)
+        while self._ahead and not self._ahead[0].covers(blocks, some):
+            self._drop(self._ahead.popleft())
+        if not self._ahead:
+            return self._begin(blocks, some)
+        reading = self._ahead.popleft()
+        wanted = [(at, place) for at, place in enumerate(blocks.places[some]) if reading.places[at] != place]
+        if wanted:
+            self._await(reading.reads)  # they go to the same memory
+            reading.reads.extend(self._order(blocks, wanted, reading.room))
+        return reading
 
-    def _read_ahead(self, current: _Reading, live: int) -> None:
-        """Into all free rooms what comes after `current` and what is read already, of a decode batch of `live` rows."""
+    def _read_ahead(self, current: _Reading) -> None:
+        """Into all free rooms what comes after `current` and what is read already."""
         last = self._ahead[-1] if self._ahead else current
-        for blocks in self._layers[self._layers.index(last.of) :]:
-            start = last.slots.stop if blocks is last.of else 0
+        here, begun, start = self._layers.index(current.of), self._layers.index(last.of), last.slots.stop
+        for number in (*range(begun, len(self._layers)), *range(begun)):
+            blocks = self._layers[number]
+            live = self._live if number >= here else max(self._live, self._gained)
             for some in self._cut(blocks, start, min(blocks.count, live - blocks.first)):
                 if not self._rooms:
                     return
                 self._ahead.append(self._begin(blocks, some))
+            start = 0
 
-    def _discard(self) -> None:
+    def _drop(self, reading: _Reading) -> None:
         """What was read ahead is not needed."""
-        while self._ahead:
-            reading = self._ahead.popleft()
-            self._rooms.append(reading.room)
-            self._await(reading.reads)
+        self._rooms.append(reading.room)
+        self._await(reading.reads)
 
     def _cut(self, blocks: DiskBlocks, start: int, stop: int) -> Iterator[slice]:
         """The slots from `start` on to `stop` - 1, as many at a time as a room takes."""
@@ -204,16 +235,27 @@ class DiskTraffic:
         self._room_bytes = at_once * block
 
     def _begin(self, blocks: DiskBlocks, some: slice) -> _Reading:
-        """Reads some slots into a free room, once what was sent to them is there."""
-        while any(sent.of is blocks and some.start <= sent.slot < some.stop for sent in self._sent):
-            self._land()
+        """Reads some slots into a free room; if there is none, into that of what would be needed last."""
         self._make_rooms()
-        room, size = self._rooms.pop(), blocks.layout.nbytes
-        start, end = some.start * size, some.stop * size
-        cuts = [(offset, min(offset + READ_BYTES, end)) for offset in range(start, end, READ_BYTES)]
-        reads = [self._readers.submit(blocks.file.read, at, room.bytes[at - start : stop - start]) for at, stop in cuts]
-        self._moved["disk>device"] += end - start
-        return _Reading(blocks, some, room, reads)
+        if not self._rooms:
+            self._drop(self._ahead.pop())
+        room, places = self._rooms.pop(), blocks.places[some]
+        return _Reading(blocks, some, places, room, self._order(blocks, list(enumerate(places)), room))
+
+    def _order(self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], room: AlignedBuffer) -> list[Future[None]]:
+        """Reads blocks, which are at some place each, to where they belong in a room, once what was sent to them is
+        there."""
+        places, size, reads = {place for _, place in wanted}, blocks.layout.nbytes, []
+        while any(sent.of is blocks and sent.place in places for sent in self._sent):
+            self._land()
+        for _, each in groupby(enumerate(wanted), lambda one: (one[1][0] - one[0], one[1][1] - one[0])):
+            together = [pair for _, pair in each]
+            (first, place), nbytes = together[0], len(together) * size
+            for at in range(0, nbytes, READ_BYTES):
+                target = room.bytes[first * size + at : first * size + min(at + READ_BYTES, nbytes)]
+                reads.append(self._readers.submit(blocks.file.read, place * size + at, target))
+        self._moved["disk>device"] += len(wanted) * size
+        return reads
 
     def _await(self, work: Iterable[Future[None]]) -> None:
         started = time.perf_counter()

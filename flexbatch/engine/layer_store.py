@@ -120,7 +120,7 @@ class LayerStore:
             self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
             for (heads, _, size), dtype in layout.shapes
         )
-        return DiskSlots(DiskBlocks(first, count, layout, file), tails, self._traffic)
+        return DiskSlots(DiskBlocks(first, layout, file, list(range(count))), tails, self._traffic)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
         """Keys and values as they are stored."""
@@ -227,8 +227,11 @@ class LayerStore:
         return seen[0].to(device), seen[1].to(device)
 
     def move(self, source: int, target: int) -> None:
-        """Copies slot `source` over slot `target`."""
+        """The row in slot `source` goes to slot `target`."""
         old, new = self._segment(source), self._segment(target)
+        if old is new:
+            old.slots.move(source - old.first, target - old.first)
+            return
         new.slots.store(target - new.first, old.slots.load(source - old.first))
 
     def shift(self, by: Sequence[int]) -> None:

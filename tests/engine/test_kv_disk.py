@@ -231,6 +231,34 @@ def test_what_is_on_disk_is_in_memory_only_by_a_few_layers(tmp_path: Path) -> No
     rows.storage.close()
 
 
+def test_what_the_next_pass_reads_first_is_on_its_way_when_a_pass_ends(tmp_path: Path) -> None:
+    rows = Rows((0, 0), 16, 0, tmp_path)
+    for slot in range(SLOTS):
+        rows.join(slot, 3)
+    block, read = 2 * PAGE, []
+    for _ in range(3):
+        rows.one_pass()
+        read.append(rows.arena.statistics().bytes_moved["disk>device"])
+    assert read == [(passes * LAYERS + 1) * SLOTS * block for passes in (1, 2, 3)]  # nothing twice
+    rows.arena.close()
+    rows.storage.close()
+
+
+def test_a_row_that_changes_its_slot_on_disk_is_neither_read_nor_written(tmp_path: Path) -> None:
+    rows = Rows((0, 0), 16, 0, tmp_path)
+    rows.join(2, 3)
+    rows.join(3, 2)
+    rows.one_pass()
+    moved = rows.arena.statistics().bytes_moved
+    rows.move(3, 0)
+    rows.move(2, 1)
+    assert rows.arena.statistics().bytes_moved == moved
+    for _ in range(2 * SLACK):
+        rows.one_pass()
+    rows.arena.close()
+    rows.storage.close()
+
+
 @given(slots=st.integers(1, 500), block=st.integers(1, 40 << 20), more=st.integers(0, 6 * PAGE))
 def test_rooms_take_no_more_than_the_plan_counts_for_blocks_that_are_no_smaller(
     slots: int, block: int, more: int
