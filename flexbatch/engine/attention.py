@@ -183,7 +183,7 @@ def attend_own(
     keys = part.keys[0] if isinstance(part, PackedKeys) else part.keys
     groups = query.shape[1] // keys.shape[1]
     own = query[part.rows].to(keys.device)
-    own_mask = None if mask is None else mask[part.rows].to(keys.device)
+    own_mask = None if mask is None else _as_keys_lie(mask[part.rows], part.before).to(keys.device)
     rows, heads, tokens, size = own.shape
     if isinstance(part, PackedKeys) and part.is_single and tokens > 1:
         raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
@@ -201,6 +201,15 @@ def attend_own(
         assert isinstance(part, OwnKeys)
         output, weight = attend(own, repeat_kv(part.keys, groups), repeat_kv(part.values, groups), own_mask, scale)
     return output.to(query.device), weight.to(query.device)
+
+
+def _as_keys_lie(mask: torch.Tensor, before: Sequence[int] | None) -> torch.Tensor:
+    """`mask` `[rows, ..., columns]` for keys of which each row's first so many columns come after its last ones."""
+    if not any(before or ()):
+        return mask
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    places = (columns + torch.tensor(before, device=mask.device)[:, None]) % mask.shape[-1]
+    return mask.gather(-1, places[:, None, None].expand(mask.shape))
 
 
 def _are_few(query: torch.Tensor) -> bool:

@@ -109,11 +109,12 @@ class MergingDecodeLayer(DecodeLayer):  # type: ignore[no-untyped-call]
 
 
 class PrefillLayer(_View):  # type: ignore[no-untyped-call]
-    """Joining prompts: attention sees their own keys and values, which are also written into their slots (if any)."""
+    """Joining prompts, of so many tokens behind padding: attention sees their own keys and values, which are also
+    written into their slots (if any)."""
 
-    def __init__(self, store: LayerStore, slots: Sequence[int], end: int) -> None:
+    def __init__(self, store: LayerStore, slots: Sequence[int], end: int, lengths: Sequence[int]) -> None:
         super().__init__(store.columns)
-        self._store, self._slots, self._end = store, slots, end
+        self._store, self._slots, self._end, self._lengths = store, slots, end, lengths
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -125,7 +126,7 @@ class PrefillLayer(_View):  # type: ignore[no-untyped-call]
         parts = self._store.pack(keys, values)
         if self._slots:
             self._store.prepare(keys, values)
-            self._store.write_prompts(self._slots, self._end, parts)
+            self._store.write_prompts(self._slots, self._end, parts, self._lengths)
         return self._store.seen(parts, keys, values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -138,8 +139,16 @@ class PrefillLayer(_View):  # type: ignore[no-untyped-call]
 class MergingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
     """Joining prompts after a shared prefix that attention merges with their own tokens; the slots get the own ones."""
 
-    def __init__(self, store: LayerStore, slots: Sequence[int], end: int, prefix: Prefix, rows: torch.Tensor) -> None:
-        super().__init__(store, slots, end)
+    def __init__(
+        self,
+        store: LayerStore,
+        slots: Sequence[int],
+        end: int,
+        lengths: Sequence[int],
+        prefix: Prefix,
+        rows: torch.Tensor,
+    ) -> None:
+        super().__init__(store, slots, end, lengths)
         self._prefix, self._rows = prefix, rows
 
     def update(
@@ -158,7 +167,7 @@ class CopyingPrefillLayer(PrefillLayer):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, store: LayerStore, slots: Sequence[int], end: int, prefix: Prefix, own: Sequence[int]) -> None:
-        super().__init__(store, slots, end)
+        super().__init__(store, slots, end, [len(prefix) + each for each in own])
         self._prefix, self._own = prefix, own
 
     def update(

@@ -213,7 +213,8 @@ class Caller:
         there are none."""
         ids, mask, is_padded = self._padded(prompts, width)
         end = self.arena.end
-        layers = [PrefillLayer(layer, slots, end) for layer in self.arena.layers]
+        lengths = list(map(len, prompts))
+        layers = [PrefillLayer(layer, slots, end, lengths) for layer in self.arena.layers]
         return Piece(ids, _positions(mask), mask, is_padded, layers, logits_to_keep, reader)
 
     def prefill_after(
@@ -228,11 +229,11 @@ class Caller:
         ids, mask, is_padded = self._padded(prompts, 0)
         positions, end, stores = _positions(mask) + len(prefix), self.arena.end, self.arena.layers
         layers: Sequence[CacheLayerMixin]
+        own = list(map(len, prompts))
         if self.stepped.merges_prefixes:
             rows = torch.arange(len(prompts), device=self.device)
-            layers = [MergingPrefillLayer(store, slots, end, prefix, rows) for store in stores]
+            layers = [MergingPrefillLayer(store, slots, end, own, prefix, rows) for store in stores]
         else:
-            own = [len(prompt) for prompt in prompts]
             layers = [CopyingPrefillLayer(store, slots, end, prefix, own) for store in stores]
             columns = torch.arange(len(prefix) + ids.shape[1], device=self.device)
             mask = (columns[None] >= ids.shape[1] - torch.tensor(own, device=self.device)[:, None]).long()

@@ -26,11 +26,13 @@ class SharedKeys:
 
 @dataclass(frozen=True, slots=True)
 class OwnKeys:
-    """The keys and values `[rows, kv_heads, columns, head_dim]` of some of the batch's rows, on any device."""
+    """The keys and values `[rows, kv_heads, columns, head_dim]` of some of the batch's rows, on any device. So many of
+    the batch's columns come `before` a row's first one here, which are behind its last one then; None: none."""
 
     keys: torch.Tensor
     values: torch.Tensor
     rows: slice
+    before: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class PackedKeys:
     keys: Parts
     values: Parts
     rows: slice
+    before: Sequence[int] | None
     attend: Attend
     is_single: bool
 

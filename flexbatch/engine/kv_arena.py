@@ -79,7 +79,7 @@ class KVArena:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether some slots are, which are written anew where columns move."""
+        """Whether some slots are."""
         return any(layer.is_on_disk for layer in self.layers)
 
     @property
@@ -114,6 +114,7 @@ class KVArena:
                 self._storage.take_again(part, KV)
 
     def move(self, source: int, target: int) -> None:
+        """The row in slot `source` goes to slot `target`, which is before it."""
         for layer in self.layers:
             layer.move(source, target)
 

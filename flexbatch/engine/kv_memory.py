@@ -23,6 +23,16 @@ class Relayout:
     target: slice
 
 
+@dataclass(frozen=True, slots=True)
+class SomeRows:
+    """The slots of some rows, their parts `[rows, heads, columns, ...]`, and how many columns come `before` each row's
+    first one here (below 0: after it). None: none."""
+
+    slots: slice
+    parts: Parts
+    before: Sequence[int] | None = None
+
+
 def move_columns(part: torch.Tensor, left: int) -> None:
     """Moves the columns of a slot's part `[heads, columns, ...]` to the left by so many (below 0: to the right)."""
     if left > 0:
@@ -68,19 +78,19 @@ class MemorySlots:
             slots = torch.arange(len(columns), device=part.device)[:, None]
             part[slots, :, columns.to(part.device)] = tokens.transpose(1, 2).to(part.device)
 
-    def read(self, rows: int, columns: slice) -> Iterator[tuple[slice, Parts]]:
+    def read(self, rows: int, columns: slice) -> Iterator[SomeRows]:
         """The slots 0 to rows - 1 in these columns, some at a time: here all at once."""
-        yield slice(0, rows), tuple(part[:rows, :, columns] for part in self.parts)
+        yield SomeRows(slice(0, rows), tuple(part[:rows, :, columns] for part in self.parts))
 
     def write_prompt(self, slot: int, columns: slice, new: Parts) -> None:
         """A prompt's tokens `[heads, width, ...]`."""
         for part, tokens in zip(self.parts, new, strict=True):
             part[slot, :, columns] = tokens
 
-    def write_part(self, slot: int, columns: slice, new: Parts) -> Parts:
-        """More tokens of a row; returns all columns of its slot."""
+    def write_part(self, slot: int, first: int, columns: slice, new: Parts) -> Parts:
+        """More tokens of a row that begins in column `first`; returns all that it has so far."""
         self.write_prompt(slot, columns, new)
-        return self.load(slot)
+        return tuple(part[slot, :, first : columns.stop] for part in self.parts)
 
     def shift(self, by: Sequence[int]) -> None:
         """Moves all columns of the first slots to the left by so many (below 0: to the right), one slot after the other
@@ -91,13 +101,9 @@ class MemorySlots:
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes to slot `target`."""
-        self.store(target, self.load(source))
+        for part in self.parts:
+            part[target] = part[source]
 
-    def load(self, slot: int) -> Parts:
-        """All columns of a slot `[heads, columns, ...]`."""
-        return tuple(part[slot] for part in self.parts)
-
-    def store(self, slot: int, parts: Parts) -> None:
-        """All columns of a slot become these."""
-        for part, new in zip(self.parts, parts, strict=True):
-            part[slot] = new
+    def load(self, slot: int) -> tuple[int, Parts]:
+        """The first column of a slot, and all of them, `[heads, columns, ...]`."""
+        return 0, tuple(part[slot] for part in self.parts)

@@ -8,7 +8,7 @@ multiplies its value by a weight of zero, which must not meet a NaN.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_disk import DiskSlots
 from flexbatch.engine.kv_form import Attend, KVForm, Parts
-from flexbatch.engine.kv_memory import MemorySlots, Relayout
+from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows, move_columns
 from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
@@ -102,9 +102,10 @@ class LayerStore:
             self._at_once = min(self.slots, brought_at_once(numbers * keys.dtype.itemsize))
         first = 0
         for tier, count in self._counts.items():
+            columns = self._expansion.span if tier is Tier.DISK else self.columns
             if count:
                 shapes = [
-                    ((heads, self.columns, size), dtype)
+                    ((heads, columns, size), dtype)
                     for new, form in zip((keys, values), self._forms, strict=True)
                     for heads, size, dtype in form.stored(new.shape[1], new.shape[3], new.dtype)
                 ]
@@ -156,12 +157,12 @@ class LayerStore:
         """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
         return self.attended is not Attended.PACKED or self._forms[0].is_exact
 
-    def write_prompts(self, slots: Sequence[int], end: int, parts: Parts) -> None:
-        """Packed prompts `[rows, heads, width, ...]` into their slots, in the columns up to and including `end`."""
-        columns = slice(end + 1 - parts[0].shape[2], end + 1)
-        for row, slot in enumerate(slots):
-            segment = self._segment(slot)
-            segment.slots.write_prompt(slot - segment.first, columns, tuple(part[row] for part in parts))
+    def write_prompts(self, slots: Sequence[int], end: int, parts: Parts, lengths: Sequence[int]) -> None:
+        """Packed prompts `[rows, heads, width, ...]`, of each the last so many tokens, into their slots, in the columns
+        up to and including `end`."""
+        for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+            segment, columns = self._segment(slot), slice(end + 1 - length, end + 1)
+            segment.slots.write_prompt(slot - segment.first, columns, tuple(part[row, :, -length:] for part in parts))
 
     def in_one_place(self, rows: int, first: int, end: int) -> KeysAndValues | None:
         """Keys and values of the slots 0 to `rows` - 1 in columns `first` to `end`, if they lie beside each other on
@@ -169,7 +170,7 @@ class LayerStore:
         blocks = self._blocks(rows)
         if self._is_packed or len(blocks) > 1 or blocks[0][0].tier is not Tier.DEVICE:
             return None
-        _, (keys, values), _ = next(self._decoded(rows, slice(first, end + 1)))
+        keys, values = next(self._decoded(rows, slice(first, end + 1)))[1].parts
         return keys, values
 
     def gathered(self, rows: int, first: int, end: int, device: torch.device) -> KeysAndValues:
@@ -178,15 +179,14 @@ class LayerStore:
         if whole is not None:
             return whole
         columns = slice(first, end + 1)
+        blocks = ((_in_their_columns(some), some.slots) for _, some in self._decoded(rows, columns))
         if self._is_packed:
-            return self._unpacked(
-                ((parts, outside) for _, parts, outside in self._decoded(rows, columns)), rows, columns
-            )
+            return self._unpacked(blocks, rows, columns)
         keys, values = (
             torch.empty((rows, heads, end + 1 - first, size), dtype=self._dtype, device=device)
             for heads, size in self._shapes
         )
-        for _, parts, outside in self._decoded(rows, columns):
+        for parts, outside in blocks:
             keys[outside], values[outside] = parts
         return keys, values
 
@@ -196,43 +196,46 @@ class LayerStore:
         """The same, some rows at a time, tier by tier: views where that is possible, else on `device` until the next
         ones are asked for. With `host_attention` plain ones on the host stay there."""
         columns = slice(first, end + 1)
-        for segment, parts, outside in self._decoded(rows, columns):
+        for segment, some in self._decoded(rows, columns):
             stays = segment.tier is Tier.DEVICE or (host_attention and segment.tier is Tier.HOST)
             if stays and not self._is_packed:
-                yield OwnKeys(parts[0], parts[1], outside)
+                yield OwnKeys(some.parts[0], some.parts[1], some.slots, some.before)
                 continue
-            for start in range(outside.start, outside.stop, self._at_once):
-                some = slice(start, min(start + self._at_once, outside.stop))
-                mine = tuple(part[some.start - outside.start : some.stop - outside.start] for part in parts)
+            for mine in _cut(some, self._at_once):
+                count = mine.slots.stop - mine.slots.start
                 if self._is_packed:
-                    count = some.stop - some.start
-                    yield OwnKeys(*self._unpacked([(mine, slice(0, count))], count, columns), some)
+                    keys, values = self._unpacked([(mine.parts, slice(0, count))], count, columns)
                 else:
-                    yield OwnKeys(mine[0].to(device), mine[1].to(device), some)
+                    keys, values = (part.to(device) for part in mine.parts)
+                yield OwnKeys(keys, values, mine.slots, mine.before)
 
     def packed(self, rows: int, first: int, end: int) -> Iterator[PackedKeys]:
         """The same as they are kept, some rows at a time, tier by tier."""
-        for _, parts, outside in self._decoded(rows, slice(first, end + 1)):
-            keys, values = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-            yield PackedKeys(keys, values, outside, self._attend, is_single=not self.takes_guesses)
+        for _, some in self._decoded(rows, slice(first, end + 1)):
+            half = len(some.parts) // 2
+            is_single = not self.takes_guesses
+            yield PackedKeys(some.parts[:half], some.parts[half:], some.slots, some.before, self._attend, is_single)
 
     def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
         """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its
         keys and values `[1, heads, columns, head_dim]` in columns `first` to `end`, on `device`."""
         segment, columns = self._segment(slot), slice(end + 1 - parts[0].shape[2], end + 1)
-        held = segment.slots.write_part(slot - segment.first, columns, tuple(part[0] for part in parts))
-        seen = tuple(part[None, :, first : end + 1] for part in held)
+        held = segment.slots.write_part(slot - segment.first, first, columns, tuple(part[0] for part in parts))
+        seen = tuple(part[None] for part in held)
         if self._is_packed:
             return self._unpacked([(seen, slice(0, 1))], 1, slice(first, end + 1))
         return seen[0].to(device), seen[1].to(device)
 
     def move(self, source: int, target: int) -> None:
-        """The row in slot `source` goes to slot `target`."""
+        """The row in slot `source` goes to slot `target`, which is before it."""
         old, new = self._segment(source), self._segment(target)
         if old is new:
             old.slots.move(source - old.first, target - old.first)
             return
-        new.slots.store(target - new.first, old.slots.load(source - old.first))
+        start, parts = old.slots.load(source - old.first)
+        width = min(parts[0].shape[1], self.columns - start)
+        held = tuple(part[:, :width] for part in parts)
+        new.slots.write_prompt(target - new.first, slice(start, start + width), held)
 
     def shift(self, by: Sequence[int]) -> None:
         """Moves all columns of the first slots to the left by so many."""
@@ -267,11 +270,13 @@ class LayerStore:
         self._forms[0].unpack(parts[:half], keys)
         self._forms[1].unpack(parts[half:], values)
 
-    def _decoded(self, rows: int, columns: slice) -> Iterator[tuple[Segment, Parts, slice]]:
-        """What each segment has of the decode batch in these columns, some rows at a time, and which rows these are."""
+    def _decoded(self, rows: int, columns: slice) -> Iterator[tuple[Segment, SomeRows]]:
+        """What each segment has of the decode batch in these columns, some rows at a time; their slots are all
+        segments'."""
         for segment, outside in self._blocks(rows):
-            for slots, parts in segment.slots.read(outside.stop - outside.start, columns):
-                yield segment, parts, slice(segment.first + slots.start, segment.first + slots.stop)
+            for some in segment.slots.read(outside.stop - outside.start, columns):
+                slots = slice(segment.first + some.slots.start, segment.first + some.slots.stop)
+                yield segment, replace(some, slots=slots)
 
     def _blocks(self, rows: int) -> list[tuple[Segment, slice]]:
         """The segments that have some of the slots 0 to `rows` - 1, and which of these."""
@@ -294,3 +299,21 @@ class LayerStore:
         for parts, outside in blocks:
             self._unpack(parts, keys[outside], values[outside])
         return keys, values
+
+
+def _in_their_columns(some: SomeRows) -> Parts:
+    """The rows' parts, each moved in its place to the columns that it is in; what comes before it is zero."""
+    for row, before in enumerate(some.before or ()):
+        for part in some.parts:
+            move_columns(part[row], -before)
+            part[row, :, : max(0, before)] = 0
+    return some.parts
+
+
+def _cut(some: SomeRows, at_once: int) -> Iterator[SomeRows]:
+    """At most so many rows at a time."""
+    first = some.slots.start
+    for start in range(first, some.slots.stop, at_once):
+        slots = slice(start, min(start + at_once, some.slots.stop))
+        mine = slice(slots.start - first, slots.stop - first)
+        yield SomeRows(slots, tuple(part[mine] for part in some.parts), some.before and some.before[mine])

@@ -112,25 +112,26 @@ def _attend(
         for each in range(queries):
             _sort(query[row, head, each], asked[each])
         start = _first_seen(own)
+        stop = _after_last_seen(own, start)
         keys_at, values_at = _place(keys, row, head), _place(values, row, head)
         scores[:] = 0
         sums[:] = 0
         if row != listed_row:
-            key_count = _list_exceptions(keys, row, start, columns, size, key_listing)
-            value_count = _list_exceptions(values, row, start, columns, sums.shape[1], value_listing)
+            key_count = _list_exceptions(keys, row, start, stop, size, key_listing)
+            value_count = _list_exceptions(values, row, start, stop, sums.shape[1], value_listing)
             listed_row = row
         _add_exceptional_keys(keys, row, head, key_listing, key_count, query[row, head], scores)
         if queries == 1:
-            _score(asked[0], keys, keys_at, values, values_at, start, columns, scores[0])
+            _score(asked[0], keys, keys_at, values, values_at, start, stop, scores[0])
         else:
-            _score_all(asked, keys, keys_at, values, values_at, start, columns, scores)
+            _score_all(asked, keys, keys_at, values, values_at, start, stop, scores)
         for each in range(queries):
-            weight[row, head, each] = _weigh(scores[each], own[each % masks], start, columns, scale)
+            weight[row, head, each] = _weigh(scores[each], own[each % masks], start, stop, scale)
         following = _place(keys, (pair + step) // heads, (pair + step) % heads)
         if queries == 1:
-            _sum(values, values_at, scores[0], start, columns, keys, following, sums[0])
+            _sum(values, values_at, scores[0], start, stop, keys, following, sums[0])
         else:
-            _sum_all(values, values_at, scores, start, columns, keys, following, sums)
+            _sum_all(values, values_at, scores, start, stop, keys, following, sums)
         told = output[row, head]
         for each in range(queries):
             for place in range(told.shape[1]):
@@ -146,6 +147,16 @@ def _first_seen(added: Any) -> Any:
             if not added[each, column] <= UNSEEN:
                 return column
     return added.shape[1]
+
+
+@njit(nogil=True)
+def _after_last_seen(added: Any, start: int) -> Any:
+    """The column behind the last one that one of the queries sees; none is seen before `start`."""
+    for column in range(added.shape[1] - 1, start - 1, -1):
+        for each in range(len(added)):
+            if not added[each, column] <= UNSEEN:
+                return column + 1
+    return start
 
 
 @njit(nogil=True, inline="always")

@@ -18,10 +18,11 @@ ROOM_BYTES, AHEAD_BYTES = 16 << 20, 1 << 30
 BROUGHT_BYTES = 128 << 20
 
 
-def written_anew(slack: int) -> float:
-    """Of the rows on disk that decode, the share that is written once more in a pass: where what waits in memory is
-    full, and where the arena's columns move, every `slack` passes."""
-    return math.ceil(slack / TAIL_COLUMNS) / slack
+def written_anew(new_tokens: float) -> float:
+    """Of the rows on disk that decode, and get so many tokens in all, the share that is written once more in a pass:
+    where what waits in memory is full."""
+    decoded = max(1, math.ceil(new_tokens) - 1)
+    return decoded // TAIL_COLUMNS / decoded
 
 
 def reading_rooms(slots: int, block: int) -> tuple[int, int]:

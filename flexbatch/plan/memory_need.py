@@ -152,6 +152,13 @@ def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     return math.ceil(columns(workload.as_run(policy.prefix_sharing)) * per_token)
 
 
+def kv_block_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+    """The same on disk, where columns do not move."""
+    per_token = spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec)) / len(spec.layers)
+    pages = PAGE * (PARTS if cache_form(policy) == 16 else PACKED_PARTS)
+    return math.ceil(span(workload.as_run(policy.prefix_sharing)) * per_token) + pages
+
+
 def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:
     """Whether decode attention reads a packed or compressed cache as it is kept."""
     if policy.compressed_cache:
@@ -245,7 +252,8 @@ def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
 def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> list[Need]:
     unit, counts = kv_unit_bytes(spec, workload, policy), kv_units(spec, policy)
     plain = math.ceil(span(workload) * spec.kv_bytes_per_token(16, number_bytes(spec)) / len(spec.layers))
-    items = [Need("KV cache", tier, count * unit) for tier, count in counts.items()]
+    block = kv_block_bytes(spec, workload, policy)
+    items = [Need("KV cache", tier, count * (block if tier is Tier.DISK else unit)) for tier, count in counts.items()]
     if cache_form(policy) < 16:
         # Wherever it is, it is expanded straight into one room on the device, which all layers use in turn: of some
         # rows at a time, of all for attention that is not ours, or of the one whose prompt enters in parts.
@@ -259,7 +267,7 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
         items.append(Need("KV on its way", Tier.DEVICE, min(policy.slots, 2 * brought_at_once(plain)) * plain))
     if policy.kv.disk > 0:
         tier = Tier.HOST if hardware.has_accelerator else Tier.DEVICE
-        items.append(Need("KV from disk", tier, _from_disk_bytes(spec, policy, counts[Tier.DISK], unit, workload)))
+        items.append(Need("KV from disk", tier, _from_disk_bytes(spec, policy, counts[Tier.DISK], block, workload)))
     if made := max(layer.expanded_size for layer in spec.layers):
         positions = max(policy.slots * span(workload), MICRO_BATCH_TOKENS)
         items.append(
@@ -272,13 +280,12 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
     return items
 
 
-def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, unit: int, workload: Workload) -> int:
+def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, block: int, workload: Workload) -> int:
     """What is in memory of a cache on disk: rooms to read a layer's slots into, blocks to be written, in each layer the
     slot of the row that enters in parts, and the newest columns."""
-    block = unit + PAGE * (PARTS if cache_form(policy) == 16 else PACKED_PARTS)
     reading = reading_bytes(most_on_disk(spec, policy), block)
     blocks = OUTGOING_BLOCKS + min(units, len(spec.layers))
-    return reading + blocks * block + math.ceil(units * unit * TAIL_COLUMNS / columns(workload))
+    return reading + blocks * block + math.ceil(units * block * TAIL_COLUMNS / span(workload))
 
 
 def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joining: int, tokens: int) -> list[Need]:

@@ -25,7 +25,7 @@ from flexbatch.plan.memory_need import (
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.rows_in_flight import usual_rows
-from flexbatch.plan.workload import PassLoad, Workload, columns, span
+from flexbatch.plan.workload import PassLoad, Workload, span
 
 # Packing a number of the KV cache takes so many times as long as expanding one: by a kernel on a CPU (measured: 2 to
 # 4), by torch elsewhere (6 at 8 bits, 9 at 4 bits).
@@ -198,11 +198,11 @@ def kv_terms(
     new = (load.decoding + load.joining * workload.own_tokens) * per_token
     on_disk, on_host = policy.kv.disk, policy.kv.host
     if on_disk:
-        # Read ahead like weights, and written behind: rows once, and again where they grow long or columns move. On a
-        # CPU that is all; attention on an accelerator waits for a copy as well (computed, not measured).
-        read = load.decoding * columns(workload) * per_token * on_disk  # whole slots, however long their rows are
-        rows_written = load.joining + load.decoding * written_anew(columns(workload) - span(workload))
-        written = rows_written * columns(workload) * per_token * on_disk
+        # Read ahead like weights, and written behind: rows once, and again where they grow long. On a CPU that is all;
+        # attention on an accelerator waits for a copy as well (computed, not measured).
+        read = load.decoding * span(workload) * per_token * on_disk  # whole slots, however long their rows are
+        rows_written = load.joining + load.decoding * written_anew(workload.new_tokens)
+        written = rows_written * span(workload) * per_token * on_disk
         yield Term("KV read from disk", Resource.DISK, read / hardware.disk_read, read, "bytes")
         yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
         if hardware.has_accelerator:
