@@ -183,7 +183,7 @@ def attend_own(
     keys = part.keys[0] if isinstance(part, PackedKeys) else part.keys
     groups = query.shape[1] // keys.shape[1]
     own = query[part.rows].to(keys.device)
-    own_mask = None if mask is None else _as_keys_lie(mask[part.rows], part.before).to(keys.device)
+    own_mask = None if mask is None else _as_keys_lie(mask[part.rows], part.before, keys.shape[2]).to(keys.device)
     rows, heads, tokens, size = own.shape
     if isinstance(part, PackedKeys) and part.is_single and tokens > 1:
         raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
@@ -203,13 +203,14 @@ def attend_own(
     return output.to(query.device), weight.to(query.device)
 
 
-def _as_keys_lie(mask: torch.Tensor, before: Sequence[int] | None) -> torch.Tensor:
-    """`mask` `[rows, ..., columns]` for keys of which each row's first so many columns come after its last ones."""
-    if not any(before or ()):
+def _as_keys_lie(mask: torch.Tensor, before: Sequence[int] | None, count: int) -> torch.Tensor:
+    """`mask` `[rows, ..., columns]` for `count` keys a row, of which the row's first so many columns come after its
+    last ones, if they come at all."""
+    columns = mask.shape[-1]
+    if before is None or (count == columns and not any(before)):
         return mask
-    columns = torch.arange(mask.shape[-1], device=mask.device)
-    places = (columns + torch.tensor(before, device=mask.device)[:, None]) % mask.shape[-1]
-    return mask.gather(-1, places[:, None, None].expand(mask.shape))
+    places = (torch.arange(count, device=mask.device) + torch.tensor(before, device=mask.device)[:, None]) % columns
+    return mask.gather(-1, places[:, None, None].expand(*mask.shape[:-1], count))
 
 
 def _are_few(query: torch.Tensor) -> bool:

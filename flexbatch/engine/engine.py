@@ -19,7 +19,7 @@ import torch
 
 from flexbatch.engine.calls import Caller, DecodeRow, Piece
 from flexbatch.engine.growing import ConstraintState, GrowingRow, Vocabulary, finish
-from flexbatch.engine.guessing import LEAST_GAIN, LEAST_GAIN_ON_DISK, NO_GUESSES, Guesses
+from flexbatch.engine.guessing import NO_GUESSES, Guesses
 from flexbatch.engine.head import Reader
 from flexbatch.engine.joining import Entering, Joining, Part, alike, is_scored, keeps_growing
 from flexbatch.engine.kv_arena import KVArena
@@ -173,7 +173,7 @@ class Engine:
         self._slots.lay_out(self._entering, filter(keeps_growing, self._waiting), self._most_columns)
         self._arena.advance(1)
         if self._arena.takes_guesses:
-            self._guesses.draw_up(self._slots.live, LEAST_GAIN_ON_DISK if self._arena.is_on_disk else LEAST_GAIN)
+            self._guesses.draw_up(self._slots.live)
         self._slots.reserve(0, self._entering)
         parts, joining, new_prefixes = self._join(this)
         self._slots.fill_holes({slot for batch in joining for slot in batch.slots} | {part.of.slot for part in parts})

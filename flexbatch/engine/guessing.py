@@ -20,7 +20,6 @@ MOST_GUESSES = 7
 
 NO_GUESSES = GuessRoom()
 LEAST_GAIN = 0.05  # tokens a row, that its next guess must promise
-LEAST_GAIN_ON_DISK = 0.1  # the more columns a pass takes, the sooner all rows are moved
 USED = 0.9  # of the time that was waited, what guesses may take
 PACE_MEMORY = 0.9  # how much the passes before count
 FORGOTTEN = 1.05  # what a token takes may grow so much from pass to pass
@@ -38,13 +37,13 @@ class Guesses:
         self.pace = 1.0
         """Tokens that a row has gained in a pass, of late: so many times as fast may prompts follow."""
 
-    def draw_up(self, rows: Sequence[GrowingRow], least_gain: float = LEAST_GAIN) -> None:
+    def draw_up(self, rows: Sequence[GrowingRow]) -> None:
         """Gives each row what it guesses in the next pass."""
         most = min(MOST_GUESSES, int(self._affordable / len(rows)), self._most(len(rows))) if rows else 0
         for row in rows:
             row.draft = _within(row, draft(row.all_tokens, self._said.tokens)) if most else Draft()
         shares = [self._acceptance.share(row.draft.matched) if row.draft.tokens else 0.0 for row in rows]
-        width = worthwhile(shares, [len(row.draft.tokens) for row in rows], most, least_gain)
+        width = worthwhile(shares, [len(row.draft.tokens) for row in rows], most)
         for row in rows:
             row.guesses = row.draft.tokens[:width]
 
@@ -91,12 +90,12 @@ def affordable(fed: int, waited: float, token_seconds: float) -> float:
     return USED * (fed + waited / token_seconds) if 0 < token_seconds < math.inf else 0.0
 
 
-def worthwhile(shares: Sequence[float], lengths: Sequence[int], most: int, least_gain: float = LEAST_GAIN) -> int:
-    """How many guesses to feed for each row, at most `most`: as long as one more brings `least_gain` tokens a row.
+def worthwhile(shares: Sequence[float], lengths: Sequence[int], most: int) -> int:
+    """How many guesses to feed for each row, at most `most`: as long as one more brings `LEAST_GAIN` tokens a row.
     Those of row r are `lengths[r]`, each right with probability `shares[r]` if those before it were."""
     for count in range(1, most + 1):
         gain = sum(share**count for share, length in zip(shares, lengths, strict=True) if length >= count)
-        if gain < least_gain * len(shares):
+        if gain < LEAST_GAIN * len(shares):
             return count - 1
     return most
 

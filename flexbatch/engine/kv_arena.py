@@ -78,11 +78,6 @@ class KVArena:
         return all(layer.takes_guesses for layer in self.layers)
 
     @property
-    def is_on_disk(self) -> bool:
-        """Whether some slots are."""
-        return any(layer.is_on_disk for layer in self.layers)
-
-    @property
     def layout(self) -> SlotLayout:
         return SlotLayout(self.slots, self.span)
 

@@ -51,7 +51,7 @@ class DiskSlots:
 
     def read(self, rows: int, columns: slice) -> Iterator[SomeRows]:
         """The slots 0 to rows - 1, some at a time, each until the next ones are asked for: as many places as there are
-        columns."""
+        columns, or all, if rows that lag make the columns more."""
         for slots, parts in self._traffic.take(self._blocks, rows):
             for row, slot in enumerate(range(slots.start, slots.stop)):
                 mine = tuple(part[row] for part in parts)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from flexbatch.errors import IncompressibleCache
 from flexbatch.kernels.compressed_attention import compressed_attention
 from flexbatch.kernels.compressed_states import compress, expand
 from flexbatch.kernels.packed_attention import packed_attention
@@ -32,6 +33,7 @@ from flexbatch.plan.model_spec import (
     COMPRESSED,
     compressed_exceptions,
     compressed_head_bytes,
+    is_compressible,
     key_bits,
     kv_group_size,
 )
@@ -97,7 +99,13 @@ class CompressedForm:
         return (heads, compressed_head_bytes(head_dim), torch.uint8), (1, listed, torch.uint8)
 
     def pack(self, states: torch.Tensor) -> Parts:
-        return compress(states, compressed_exceptions(states.shape[1] * states.shape[3]))
+        _, heads, _, size = states.shape
+        if states.dtype != torch.bfloat16 or not is_compressible(heads, (size, size)):
+            raise IncompressibleCache(
+                f"A cache of {heads} heads of {size} numbers in {states.dtype} cannot be kept compressed.",
+                remedy="Set offload.compressed_cache=never.",
+            )
+        return compress(states, compressed_exceptions(heads * size))
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         expand(parts, out)

@@ -16,7 +16,7 @@ import torch
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_disk import DiskSlots
 from flexbatch.engine.kv_form import Attend, KVForm, Parts
-from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows, move_columns
+from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows
 from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
@@ -149,10 +149,6 @@ class LayerStore:
             segment.slots.write_columns(columns[outside], tuple(new[outside] for new in made))
 
     @property
-    def is_on_disk(self) -> bool:
-        return any(segment.tier is Tier.DISK for segment in self.segments)
-
-    @property
     def takes_guesses(self) -> bool:
         """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
         return self.attended is not Attended.PACKED or self._forms[0].is_exact
@@ -179,12 +175,12 @@ class LayerStore:
         if whole is not None:
             return whole
         columns = slice(first, end + 1)
-        blocks = ((_in_their_columns(some), some.slots) for _, some in self._decoded(rows, columns))
+        width = end + 1 - first
+        blocks = (each for _, some in self._decoded(rows, columns) for each in _in_their_columns(some, width))
         if self._is_packed:
             return self._unpacked(blocks, rows, columns)
         keys, values = (
-            torch.empty((rows, heads, end + 1 - first, size), dtype=self._dtype, device=device)
-            for heads, size in self._shapes
+            torch.empty((rows, heads, width, size), dtype=self._dtype, device=device) for heads, size in self._shapes
         )
         for parts, outside in blocks:
             keys[outside], values[outside] = parts
@@ -204,7 +200,8 @@ class LayerStore:
             for mine in _cut(some, self._at_once):
                 count = mine.slots.stop - mine.slots.start
                 if self._is_packed:
-                    keys, values = self._unpacked([(mine.parts, slice(0, count))], count, columns)
+                    held = slice(0, mine.parts[0].shape[2])
+                    keys, values = self._unpacked([(mine.parts, slice(0, count))], count, held)
                 else:
                     keys, values = (part.to(device) for part in mine.parts)
                 yield OwnKeys(keys, values, mine.slots, mine.before)
@@ -301,13 +298,20 @@ class LayerStore:
         return keys, values
 
 
-def _in_their_columns(some: SomeRows) -> Parts:
-    """The rows' parts, each moved in its place to the columns that it is in; what comes before it is zero."""
-    for row, before in enumerate(some.before or ()):
+def _in_their_columns(some: SomeRows, width: int) -> Iterator[tuple[Parts, slice]]:
+    """The rows' parts with so many columns, and their slots: where they begin anywhere, each row where it belongs, and
+    zeros where it has nothing."""
+    if some.before is None:
+        yield some.parts, some.slots
+        return
+    for row, before in enumerate(some.before):
+        count, start = min(some.parts[0].shape[2], width - max(0, before)), max(0, before)
+        placed = []
         for part in some.parts:
-            move_columns(part[row], -before)
-            part[row, :, : max(0, before)] = 0
-    return some.parts
+            whole = part.new_zeros(1, part.shape[1], width, *part.shape[3:])
+            whole[0, :, start : start + count] = part[row, :, :count]
+            placed.append(whole)
+        yield tuple(placed), slice(some.slots.start + row, some.slots.start + row + 1)
 
 
 def _cut(some: SomeRows, at_once: int) -> Iterator[SomeRows]:

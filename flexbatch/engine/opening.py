@@ -79,8 +79,9 @@ class EngineOptions:
     """`span` is the most tokens of a row, prompt and completion, `own_span` the same without a shared prefix (0: not
     known); `padded_width` pads every prompt to it (0: not), which leaves prefixes unshared. `blocked_file_bytes`: how
     much a new file of weights in oneDNN's format may take where weights are streamed (None: not even an old one is
-    used). `working_bytes`: what calls take and give back between two stops at most, as planned; `prompts_bytes` of that
-    only where prompts are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
+    used). `planned_bytes` of main memory is what the process takes as planned, where that is what the device has;
+    `working_bytes` what calls take and give back between two stops at most, `prompts_bytes` of that only where prompts
+    are among the calls; `most_slots`: for how many rows that was planned (0: as many as the policy
     has slots), with what `guesses` of theirs there is room for. `on_packing` is told how many bytes of a packed
     file's sources are done, and of how many."""
 
@@ -89,6 +90,7 @@ class EngineOptions:
     device: torch.device = torch.device("cpu")
     padded_width: int = 0
     own_span: int = 0
+    planned_bytes: int = UNLIMITED
     working_bytes: int = 64 << 20
     prompts_bytes: int = 0
     most_slots: int = 0
@@ -209,7 +211,8 @@ def _open(checkpoint: Checkpoint, policy: Policy, limits: Limits, options: Engin
     weights = Weights(stepped, sources, policy.weights, storage, stream)
     parking = HiddenStateParking(policy.hidden, storage) if policy.hidden.device < 1 else None
     # Only where the model's memory is the process's own.
-    heap = Heap(limits.device if limits.one_memory else UNLIMITED, options.working_bytes)
+    most = min(limits.device, options.planned_bytes) if limits.one_memory else UNLIMITED
+    heap = Heap(most, options.working_bytes)
     install_stops(stepped, parking.park if parking is not None else None, heap.settle)
     if limits.one_memory:
         release_library_pages()

@@ -43,6 +43,7 @@ def open_for(
     cache = working_folder(config.model.cache_dir, "model.cache_dir")
     longest, longest_own = longest_prompts(work)
     compile_for(plan, model)
+    used = peak_bytes(plan.prediction.needs)
     return open_engine(
         model.checkpoint(cache),
         plan.prediction.policy,
@@ -51,6 +52,7 @@ def open_for(
         EngineOptions(
             span=longest + work.longest_new,
             own_span=longest_own + work.longest_new,
+            planned_bytes=used[Tier.DEVICE] + used[Tier.HOST],
             working_bytes=working_bytes(plan.prediction.needs),
             prompts_bytes=prompts_bytes(plan.spec, plan.workload, plan.prediction.policy),
             most_slots=most_rows(plan.workload, plan.prediction.policy),

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from flexbatch.engine.engine import Constraint, Engine
 from flexbatch.engine.growing import Vocabulary
-from flexbatch.engine.opening import Checkpoint, EngineOptions, Limits, open_engine
+from flexbatch.engine.opening import UNLIMITED, Checkpoint, EngineOptions, Limits, open_engine
 from flexbatch.memory.safetensors_index import SafetensorsIndex
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.rows_in_flight import GuessRoom
@@ -39,6 +39,7 @@ def engine(
     constraints: Mapping[str, Constraint] | None = None,
     limits: Limits | None = None,
     dtype: torch.dtype = torch.float32,
+    planned_bytes: int = UNLIMITED,
     prompts_bytes: int = 0,
     most_slots: int = 0,
     guess_room: int = 0,
@@ -54,6 +55,7 @@ def engine(
             span,
             dtype,
             padded_width=padded_width,
+            planned_bytes=planned_bytes,
             prompts_bytes=prompts_bytes,
             most_slots=most_slots,
             guesses=GuessRoom(guess_room, logits_of_guesses),

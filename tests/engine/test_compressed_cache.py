@@ -66,6 +66,12 @@ def test_rows_say_what_they_say_with_a_plain_cache(family: str, placement: str, 
     assert_alike(said(family, policy, tmp_path, rows), plain)
 
 
+def test_heads_that_cannot_be_kept_compressed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(IncompressibleCache, match=r"heads of 16 numbers in torch\.bfloat16") as caught:
+        said("llama", POLICY, tmp_path, prompts(1, LONGEST))
+    assert "offload.compressed_cache=never" in caught.value.remedy
+
+
 @pytest.mark.parametrize("family", WIDE)
 def test_more_short_rows_than_slots_and_shared_prefixes_change_nothing(family: str, tmp_path: Path) -> None:
     beginning = prompts(1, LONGEST, seed=9)[0][:3] * 4

@@ -165,3 +165,12 @@ def test_rows_that_an_earlier_run_finished_are_answered_at_the_end_of_a_job(tmp_
     ]
     done, _ = answer(opened("opt", Policy(Shares(0, 0), slots=2, prefill_tokens=40), tmp_path), requests)
     assert [done[index].token_ids for index in range(4)] == [(5, 6, 7)] * 4
+
+
+@pytest.mark.parametrize("planned", [1, 1 << 40])
+def test_freed_memory_is_held_to_what_was_planned_however_far_the_limit_is(planned: int, tmp_path: Path) -> None:
+    limits = Limits(device=1 << 41, disk_folder=tmp_path, one_memory=True)
+    policy = Policy(slots=SLOTS, prefill_tokens=40)
+    running = engine(saved("opt"), policy, LONGEST + NEW_TOKENS, tmp_path, limits=limits, planned_bytes=planned)
+    assert running._heap.has_room(0) == (planned > 1)
+    running.close()
