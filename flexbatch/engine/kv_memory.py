@@ -32,6 +32,30 @@ class SomeRows:
     parts: Parts
     before: Sequence[int] | None = None
 
+    def cut(self, at_once: int) -> Iterator[SomeRows]:
+        """At most so many rows at a time."""
+        first = self.slots.start
+        for start in range(first, self.slots.stop, at_once):
+            slots = slice(start, min(start + at_once, self.slots.stop))
+            mine = slice(slots.start - first, slots.stop - first)
+            yield SomeRows(slots, tuple(part[mine] for part in self.parts), self.before and self.before[mine])
+
+    def placed(self, width: int) -> Iterator[tuple[Parts, slice]]:
+        """The parts with so many columns, and their slots: where rows begin anywhere, each where it belongs, and zeros
+        where it has nothing."""
+        if self.before is None:
+            yield self.parts, self.slots
+            return
+        for row, before in enumerate(self.before):
+            start = min(max(0, before), width)
+            count = min(self.parts[0].shape[2], width - start)
+            placed = []
+            for part in self.parts:
+                whole = part.new_zeros(1, part.shape[1], width, *part.shape[3:])
+                whole[0, :, start : start + count] = part[row, :, :count]
+                placed.append(whole)
+            yield tuple(placed), slice(self.slots.start + row, self.slots.start + row + 1)
+
 
 def move_columns(part: torch.Tensor, left: int) -> None:
     """Moves the columns of a slot's part `[heads, columns, ...]` to the left by so many (below 0: to the right)."""

@@ -176,7 +176,7 @@ class LayerStore:
             return whole
         columns = slice(first, end + 1)
         width = end + 1 - first
-        blocks = (each for _, some in self._decoded(rows, columns) for each in _in_their_columns(some, width))
+        blocks = (each for _, some in self._decoded(rows, columns) for each in some.placed(width))
         if self._is_packed:
             return self._unpacked(blocks, rows, columns)
         keys, values = (
@@ -197,7 +197,7 @@ class LayerStore:
             if stays and not self._is_packed:
                 yield OwnKeys(some.parts[0], some.parts[1], some.slots, some.before)
                 continue
-            for mine in _cut(some, self._at_once):
+            for mine in some.cut(self._at_once):
                 count = mine.slots.stop - mine.slots.start
                 if self._is_packed:
                     held = slice(0, mine.parts[0].shape[2])
@@ -296,28 +296,3 @@ class LayerStore:
         for parts, outside in blocks:
             self._unpack(parts, keys[outside], values[outside])
         return keys, values
-
-
-def _in_their_columns(some: SomeRows, width: int) -> Iterator[tuple[Parts, slice]]:
-    """The rows' parts with so many columns, and their slots: where they begin anywhere, each row where it belongs, and
-    zeros where it has nothing."""
-    if some.before is None:
-        yield some.parts, some.slots
-        return
-    for row, before in enumerate(some.before):
-        count, start = min(some.parts[0].shape[2], width - max(0, before)), max(0, before)
-        placed = []
-        for part in some.parts:
-            whole = part.new_zeros(1, part.shape[1], width, *part.shape[3:])
-            whole[0, :, start : start + count] = part[row, :, :count]
-            placed.append(whole)
-        yield tuple(placed), slice(some.slots.start + row, some.slots.start + row + 1)
-
-
-def _cut(some: SomeRows, at_once: int) -> Iterator[SomeRows]:
-    """At most so many rows at a time."""
-    first = some.slots.start
-    for start in range(first, some.slots.stop, at_once):
-        slots = slice(start, min(start + at_once, some.slots.stop))
-        mine = slice(slots.start - first, slots.stop - first)
-        yield SomeRows(slots, tuple(part[mine] for part in some.parts), some.before and some.before[mine])
