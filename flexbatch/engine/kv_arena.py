@@ -113,6 +113,11 @@ class KVArena:
         for layer in self.layers:
             layer.move(source, target)
 
+    def vacate(self, slot: int) -> None:
+        """No row is in the slot any more."""
+        for layer in self.layers:
+            layer.vacate(slot)
+
     def statistics(self) -> StreamStatistics:
         """The traffic of rows that are on disk."""
         return self._traffic.statistics()

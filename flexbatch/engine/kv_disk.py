@@ -14,8 +14,12 @@ import torch
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_memory import SomeRows
 from flexbatch.engine.kv_traffic import DiskBlocks, DiskTraffic
+from flexbatch.kernels.newest_columns import add_newest
 from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS
+
+NOWHERE = 1 << 40
+"""A column behind all that there can be."""
 
 
 class DiskSlots:
@@ -25,13 +29,14 @@ class DiskSlots:
     def __init__(self, blocks: DiskBlocks, tails: Parts, traffic: DiskTraffic) -> None:
         self._blocks, self._tails, self._traffic = blocks, tails, traffic
         # The column that is at the first place of each slot's block.
-        self._starts = [0] * blocks.count
+        self._starts = [NOWHERE] * blocks.count
         # The places of each slot that are in the tail, place p at p % TAIL_COLUMNS.
         self._newer: dict[int, range] = {}
         self._at_once = 1  # tokens that a slot has got at once so far
         # The slot whose prompt enters in parts, and its block.
         self._entering: int | None = None
         self._room: AlignedBuffer | None = None
+        blocks.vacant.update(range(blocks.count))
         traffic.add(blocks)
 
     def write_column(self, column: int, new: Parts) -> None:
@@ -53,11 +58,10 @@ class DiskSlots:
         """The slots 0 to rows - 1, some at a time, each until the next ones are asked for: as many places as there are
         columns, or all, if rows that lag make the columns more."""
         for slots, parts in self._traffic.take(self._blocks, rows):
+            self._complete(slots, parts)
             for row, slot in enumerate(range(slots.start, slots.stop)):
-                mine = tuple(part[row] for part in parts)
-                self._complete(slot, mine)
                 if len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
-                    self._store(slot, mine)
+                    self._store(slot, tuple(part[row] for part in parts))
             before = tuple(start - columns.start for start in self._starts[slots])
             yield SomeRows(slots, tuple(part[:, :, : columns.stop - columns.start] for part in parts), before)
 
@@ -87,20 +91,29 @@ class DiskSlots:
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes to slot `target`, with its block: nothing is read or written."""
-        self._blocks.swap(source, target)
+        self._blocks.move(source, target)
         self._starts[target] = self._starts[source]
         self._newer[target] = self._newer.pop(source, range(0))
+        self._starts[source] = NOWHERE
         if self._entering in (source, target):
             self._entering = target if self._entering == source else None
         for tail in self._tails:
             tail[target] = tail[source]
 
+    def vacate(self, slot: int) -> None:
+        """No row is in the slot any more: it is neither read nor written until there is another."""
+        self._blocks.vacant.add(slot)
+        self._starts[slot] = NOWHERE
+        self._newer.pop(slot, None)
+        if self._entering == slot:
+            self._entering = None
+
     def load(self, slot: int) -> tuple[int, Parts]:
         """The column where the slot's row begins, and its parts `[heads, places, ...]` with all tokens, in memory that
         the next `load` or `read` takes."""
-        parts = self._blocks.layout.slot(self._traffic.fetch(self._blocks, slot))
-        self._complete(slot, parts)
-        return self._starts[slot], parts
+        parts = self._blocks.layout.views(self._traffic.fetch(self._blocks, slot), 1)
+        self._complete(slice(slot, slot + 1), parts)
+        return self._starts[slot], tuple(part[0] for part in parts)
 
     def _store(self, slot: int, parts: Parts) -> None:
         """Puts whole parts `[heads, places, ...]` into the slot."""
@@ -126,7 +139,7 @@ class DiskSlots:
     def _put_entered(self, slot: int) -> None:
         """The row that entered last goes to disk, with the tokens that it gained since."""
         block, parts = self._outgoing()
-        self._complete(slot, parts)
+        self._complete(slice(slot, slot + 1), tuple(part[None] for part in parts))
         self._send(slot, block)
 
     def _outgoing(self) -> tuple[AlignedBuffer, Parts]:
@@ -145,15 +158,11 @@ class DiskSlots:
             self._room = self._traffic.admitted(self._blocks.layout.nbytes)
         return self._blocks.layout.slot(self._room)
 
-    def _complete(self, slot: int, parts: Parts) -> None:
-        """Adds to what is on disk of a slot what is not there yet."""
-        if slot == self._entering:
+    def _complete(self, slots: slice, parts: Parts) -> None:
+        """Adds to what is on disk of some slots, `[slots, heads, places, ...]`, what is not there yet."""
+        if self._entering in range(self._blocks.count)[slots]:
             for part, entered in zip(parts, self._entered(), strict=True):
-                part.copy_(entered)
-        newer = self._newer.get(slot, range(0))
-        start = newer.start % TAIL_COLUMNS
-        before = min(len(newer), TAIL_COLUMNS - start)
+                part[self._entering - slots.start].copy_(entered)
+        newer = [self._newer.get(slot, range(0)) for slot in range(self._blocks.count)[slots]]
         for part, tail in zip(parts, self._tails, strict=True):
-            part[:, newer.start : newer.start + before] = tail[slot, :, start : start + before]
-            if before < len(newer):
-                part[:, newer.start + before : newer.stop] = tail[slot, :, : len(newer) - before]
+            add_newest(part, tail[slots], newer)

@@ -128,6 +128,9 @@ class MemorySlots:
         for part in self.parts:
             part[target] = part[source]
 
+    def vacate(self, slot: int) -> None:
+        """No row is in the slot any more, which changes nothing in memory."""
+
     def load(self, slot: int) -> tuple[int, Parts]:
         """The first column of a slot, and all of them, `[heads, columns, ...]`."""
         return 0, tuple(part[slot] for part in self.parts)

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -60,24 +60,32 @@ class BlockLayout:
 
 @dataclass(frozen=True, eq=False)
 class DiskBlocks:
-    """One layer's slots from `first` on, numbered from 0 here; `places` says which block of the file is whose."""
+    """One layer's slots from `first` on, numbered from 0 here; `places` says which block of the file is whose, and
+    `vacant` of which slots nothing is there."""
 
     first: int
     layout: BlockLayout
     file: DiskFile
     places: list[int]
+    vacant: set[int] = field(default_factory=set)
 
     @property
     def count(self) -> int:
         return len(self.places)
 
-    def swap(self, slot: int, other: int) -> None:
-        """Two slots get each other's block."""
-        self.places[slot], self.places[other] = self.places[other], self.places[slot]
+    def filled(self, some: slice) -> list[int]:
+        """The places of some slots' blocks, `NOTHING` for vacant ones."""
+        return [NOTHING if slot in self.vacant else place for slot, place in enumerate(self.places)][some]
+
+    def move(self, source: int, target: int) -> None:
+        """Slot `target` gets the block of slot `source`, which is vacant then."""
+        self.places[source], self.places[target] = self.places[target], self.places[source]
+        (self.vacant.add if source in self.vacant else self.vacant.discard)(target)
+        self.vacant.add(source)
 
 
-STALE = -1
-"""In place of a block that has changed since it was read."""
+NOTHING = -1
+"""In place of a block: it is vacant, or has changed since it was read."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,8 @@ class DiskTraffic:
         place, size = blocks.places[slot], blocks.layout.nbytes
         for ahead in self._ahead:
             if ahead.of is blocks and place in ahead.places:
-                ahead.places[ahead.places.index(place)] = STALE
+                ahead.places[ahead.places.index(place)] = NOTHING
+        blocks.vacant.discard(slot)
         self._gained = max(self._gained, blocks.first + slot + 1)
         written = self._writer.submit(blocks.file.write, place * size, block.bytes[:size])
         self._moved["device>disk"] += size
@@ -194,7 +203,8 @@ class DiskTraffic:
         if not self._ahead:
             return self._begin(blocks, some)
         reading = self._ahead.popleft()
-        wanted = [(at, place) for at, place in enumerate(blocks.places[some]) if reading.places[at] != place]
+        places = enumerate(blocks.filled(some))
+        wanted = [(at, place) for at, place in places if place not in (NOTHING, reading.places[at])]
         if wanted:
             self._await(reading.reads)  # they go to the same memory
             reading.reads.extend(self._order(blocks, wanted, reading.room))
@@ -239,8 +249,12 @@ class DiskTraffic:
         self._make_rooms()
         if not self._rooms:
             self._drop(self._ahead.pop())
-        room, places = self._rooms.pop(), blocks.places[some]
-        return _Reading(blocks, some, places, room, self._order(blocks, list(enumerate(places)), room))
+        room, places, size = self._rooms.pop(), blocks.filled(some), blocks.layout.nbytes
+        for at, place in enumerate(places):
+            if place == NOTHING:
+                room.tensor[at * size : (at + 1) * size] = 0
+        wanted = [(at, place) for at, place in enumerate(places) if place != NOTHING]
+        return _Reading(blocks, some, places, room, self._order(blocks, wanted, room))
 
     def _order(self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], room: AlignedBuffer) -> list[Future[None]]:
         """Reads blocks, which are at some place each, to where they belong in a room, once what was sent to them is

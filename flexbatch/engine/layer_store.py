@@ -233,6 +233,12 @@ class LayerStore:
         width = min(parts[0].shape[1], self.columns - start)
         held = tuple(part[:, :width] for part in parts)
         new.slots.write_prompt(target - new.first, slice(start, start + width), held)
+        old.slots.vacate(source - old.first)
+
+    def vacate(self, slot: int) -> None:
+        """No row is in the slot any more."""
+        segment = self._segment(slot)
+        segment.slots.vacate(slot - segment.first)
 
     def shift(self, by: Sequence[int]) -> None:
         """Moves all columns of the first slots to the left by so many."""

@@ -50,6 +50,7 @@ class RowSlots:
 
     def clear(self, slot: int) -> None:
         self._rows[slot] = None
+        self._arena.vacate(slot)
 
     def fill_holes(self, taken: Set[int]) -> None:
         """Moves rows from the end into free slots before them that are not `taken`, so that they lie densely."""

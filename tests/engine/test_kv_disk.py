@@ -100,6 +100,10 @@ class Rows:
         self.arena.move(source, target)
         self.tokens[target] = self.tokens.pop(source)
 
+    def leave(self, slot: int) -> None:
+        del self.tokens[slot]
+        self.arena.vacate(slot)
+
     def one_pass(self) -> None:
         """All rows gain a token, and find what they had; then the row that enters gets the rest of its prompt."""
         self.arena.advance(1)
@@ -181,12 +185,13 @@ def test_every_token_of_every_row_is_read_in_every_pass(
                 rows.join(slot, number)
             elif kind == "enter" and slot not in busy and rows.entering is None:
                 rows.enter(slot, number, 1 + seed % 3)
-            elif kind == "leave":
-                rows.tokens.pop(slot, None)
+            elif kind == "leave" and slot in rows.tokens:
+                rows.leave(slot)
             elif kind == "move" and slot in rows.tokens and number < slot and number not in busy:
                 rows.move(slot, number)
             for _ in range(number if kind == "pass" else 0):
-                rows.tokens = {at: tokens for at, tokens in rows.tokens.items() if len(tokens) < SPAN}
+                for full in [at for at, tokens in rows.tokens.items() if len(tokens) == SPAN]:
+                    rows.leave(full)
                 rows.one_pass()
         rows.arena.close()
         rows.storage.close()
@@ -279,6 +284,22 @@ def test_a_row_that_changes_its_slot_on_disk_is_neither_read_nor_written(tmp_pat
         rows.one_pass()
     rows.arena.close()
     rows.storage.close()
+
+
+def test_a_slot_that_a_row_has_left_is_neither_read_nor_written(tmp_path: Path) -> None:
+    with short_tails():
+        rows = Rows((0, 0), 16, 0, tmp_path)
+        rows.join(0, 1)
+        rows.join(2, 1)
+        rows.join(1, 1)
+        rows.leave(0)
+        for _ in range(TAIL - 1):  # no row outgrows its tail
+            rows.one_pass()
+        block, moved = 2 * PAGE, rows.arena.statistics().bytes_moved
+        assert moved["device>disk"] == 3 * LAYERS * block
+        assert moved["disk>device"] == 2 * block * ((TAIL - 1) * LAYERS + 1)  # and what the next pass reads first
+        rows.arena.close()
+        rows.storage.close()
 
 
 @given(slots=st.integers(1, 500), block=st.integers(1, 40 << 20), more=st.integers(0, 6 * PAGE))
