@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from flexbatch.engine.kv_form import Parts
@@ -163,6 +164,7 @@ class DiskSlots:
         if self._entering in range(self._blocks.count)[slots]:
             for part, entered in zip(parts, self._entered(), strict=True):
                 part[self._entering - slots.start].copy_(entered)
-        newer = [self._newer.get(slot, range(0)) for slot in range(self._blocks.count)[slots]]
+        newer = (self._newer.get(slot, range(0)) for slot in range(self._blocks.count)[slots])
+        places = np.array([(each.start, each.stop) for each in newer], np.int64)
         for part, tail in zip(parts, self._tails, strict=True):
-            add_newest(part, tail[slots], newer)
+            add_newest(part, tail[slots], places)

@@ -75,13 +75,16 @@ class DiskBlocks:
 
     def filled(self, some: slice) -> list[int]:
         """The places of some slots' blocks, `NOTHING` for vacant ones."""
-        return [NOTHING if slot in self.vacant else place for slot, place in enumerate(self.places)][some]
+        return [NOTHING if slot in self.vacant else self.places[slot] for slot in range(self.count)[some]]
 
     def move(self, source: int, target: int) -> None:
         """Slot `target` gets the block of slot `source`, which is vacant then."""
         self.places[source], self.places[target] = self.places[target], self.places[source]
-        (self.vacant.add if source in self.vacant else self.vacant.discard)(target)
-        self.vacant.add(source)
+        if source not in self.vacant:
+            self.vacant.discard(target)
+            self.vacant.add(source)
+        else:
+            self.vacant.add(target)
 
 
 NOTHING = -1

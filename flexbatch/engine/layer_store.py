@@ -174,8 +174,7 @@ class LayerStore:
         whole = self.in_one_place(rows, first, end)
         if whole is not None:
             return whole
-        columns = slice(first, end + 1)
-        width = end + 1 - first
+        columns, width = slice(first, end + 1), end + 1 - first
         blocks = (each for _, some in self._decoded(rows, columns) for each in some.placed(width))
         if self._is_packed:
             return self._unpacked(blocks, rows, columns)

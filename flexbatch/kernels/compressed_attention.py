@@ -143,9 +143,8 @@ def _attend(
 def _first_seen(added: Any) -> Any:
     """The first column that one of the queries sees."""
     for column in range(added.shape[1]):
-        for each in range(len(added)):
-            if not added[each, column] <= UNSEEN:
-                return column
+        if _is_seen(added, column):
+            return column
     return added.shape[1]
 
 
@@ -153,10 +152,17 @@ def _first_seen(added: Any) -> Any:
 def _after_last_seen(added: Any, start: int) -> Any:
     """The column behind the last one that one of the queries sees; none is seen before `start`."""
     for column in range(added.shape[1] - 1, start - 1, -1):
-        for each in range(len(added)):
-            if not added[each, column] <= UNSEEN:
-                return column + 1
+        if _is_seen(added, column):
+            return column + 1
     return start
+
+
+@njit(nogil=True, inline="always")
+def _is_seen(added: Any, column: int) -> Any:
+    is_seen = False
+    for each in range(len(added)):
+        is_seen |= not added[each, column] <= UNSEEN
+    return is_seen
 
 
 @njit(nogil=True, inline="always")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numba import njit
 
 from flexbatch.kernels.flat_memory import flat
 
 
-def add_newest(part: torch.Tensor, ring: torch.Tensor, newest: Sequence[range]) -> None:
-    """Of each row `newest` names columns of `part`, `[rows, heads, columns, numbers]`, that become those of `ring`,
-    `[rows, heads, columns of the ring, numbers]`: column c is at c modulo the ring's. Both on the CPU and of the same
-    type, with the numbers of a head's columns side by side."""
-    columns = np.array([(each.start, each.stop) for each in newest], np.int64)
+def add_newest(part: torch.Tensor, ring: torch.Tensor, newest: Any) -> None:
+    """Of each row `newest`, int64 `[rows, 2]`, has the first of some columns of `part`, `[rows, heads, columns,
+    numbers]`, and the one behind them: they become those of `ring`, `[rows, heads, columns of the ring, numbers]`,
+    where column c is at c modulo the ring's. Both on the CPU and of the same type, with the numbers of a head's columns
+    side by side."""
     target, source = part.view(torch.uint8), ring.view(torch.uint8)
-    _copy(flat(target), target.stride()[:2], flat(source), source.stride()[:2], tuple(source.shape[1:]), columns)
+    _copy(flat(target), target.stride()[:2], flat(source), source.stride()[:2], tuple(source.shape[1:]), newest)
 
 
 @njit(nogil=True, cache=True)

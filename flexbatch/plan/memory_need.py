@@ -148,15 +148,18 @@ def _most_on_disk(layers: int, slots: int, shares: Shares) -> int:
 
 def kv_unit_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """Bytes of one slot of one layer, all columns."""
-    per_token = spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec)) / len(spec.layers)
-    return math.ceil(columns(workload.as_run(policy.prefix_sharing)) * per_token)
+    return math.ceil(columns(workload.as_run(policy.prefix_sharing)) * _kv_layer_bytes(spec, policy))
 
 
 def kv_block_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     """The same on disk, where columns do not move."""
-    per_token = spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec)) / len(spec.layers)
     pages = PAGE * (PARTS if cache_form(policy) == 16 else PACKED_PARTS)
-    return math.ceil(span(workload.as_run(policy.prefix_sharing)) * per_token) + pages
+    return math.ceil(span(workload.as_run(policy.prefix_sharing)) * _kv_layer_bytes(spec, policy)) + pages
+
+
+def _kv_layer_bytes(spec: ModelSpec, policy: Policy) -> float:
+    """Of a token in one layer."""
+    return spec.kv_bytes_per_token(cache_form(policy), number_bytes(spec)) / len(spec.layers)
 
 
 def attends_packed(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> bool:

@@ -43,7 +43,6 @@ def open_for(
     cache = working_folder(config.model.cache_dir, "model.cache_dir")
     longest, longest_own = longest_prompts(work)
     compile_for(plan, model)
-    used = peak_bytes(plan.prediction.needs)
     return open_engine(
         model.checkpoint(cache),
         plan.prediction.policy,
@@ -52,7 +51,7 @@ def open_for(
         EngineOptions(
             span=longest + work.longest_new,
             own_span=longest_own + work.longest_new,
-            planned_bytes=used[Tier.DEVICE] + used[Tier.HOST],
+            planned_bytes=_main_memory_bytes(plan),
             working_bytes=working_bytes(plan.prediction.needs),
             prompts_bytes=prompts_bytes(plan.spec, plan.workload, plan.prediction.policy),
             most_slots=most_rows(plan.workload, plan.prediction.policy),
@@ -72,9 +71,14 @@ def open_for(
 
 def compile_for(plan: Plan, model: Model) -> None:
     """Compiles the kernels of a run elsewhere where the plan leaves no room for the compiler."""
-    used = peak_bytes(plan.prediction.needs)
-    if plan.limits.one_memory and plan.limits.device - used[Tier.DEVICE] - used[Tier.HOST] < COMPILER_BYTES:
+    if plan.limits.one_memory and plan.limits.device - _main_memory_bytes(plan) < COMPILER_BYTES:
         compile_ahead(plan.prediction.policy, model.dtype)
+
+
+def _main_memory_bytes(plan: Plan) -> int:
+    """What the plan takes of it where device and host are one memory."""
+    used = peak_bytes(plan.prediction.needs)
+    return used[Tier.DEVICE] + used[Tier.HOST]
 
 
 def blocked_file_bytes(choice: str, plan: Plan, folder: Path, to_do: float) -> int | None:
