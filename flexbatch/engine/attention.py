@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -183,7 +184,7 @@ def attend_own(
     keys = part.keys[0] if isinstance(part, PackedKeys) else part.keys
     groups = query.shape[1] // keys.shape[1]
     own = query[part.rows].to(keys.device)
-    own_mask = None if mask is None else _as_keys_lie(mask[part.rows], part.before, keys.shape[2]).to(keys.device)
+    own_mask = None if mask is None else _as_keys_lie(mask, part, keys.shape[2]).to(keys.device)
     rows, heads, tokens, size = own.shape
     if isinstance(part, PackedKeys) and part.is_single and tokens > 1:
         raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
@@ -203,14 +204,23 @@ def attend_own(
     return output.to(query.device), weight.to(query.device)
 
 
-def _as_keys_lie(mask: torch.Tensor, before: Sequence[int] | None, count: int) -> torch.Tensor:
-    """`mask` `[rows, ..., columns]` for `count` keys a row, of which the row's first so many columns come after its
-    last ones, if they come at all."""
-    columns = mask.shape[-1]
+_masks_as_keys_lie: Any = WeakTensorKeyDictionary()
+"""What was made of each mask, which is the same one in all layers of a call."""
+
+
+def _as_keys_lie(mask: torch.Tensor, part: OwnKeys | PackedKeys, count: int) -> torch.Tensor:
+    """`mask` `[rows, ..., columns]` for the part's rows, with `count` keys a row, of which the row's first `before`
+    columns come after its last ones, if they come at all."""
+    columns, before = mask.shape[-1], part.before
     if before is None or (count == columns and not any(before)):
-        return mask
-    places = (torch.arange(count, device=mask.device) + torch.tensor(before, device=mask.device)[:, None]) % columns
-    return mask.gather(-1, places[:, None, None].expand(*mask.shape[:-1], count))
+        return mask[part.rows]
+    made: dict[Any, torch.Tensor] = _masks_as_keys_lie.setdefault(mask, {})
+    key = part.rows.start, part.rows.stop, tuple(before), count
+    if key not in made:
+        places = (torch.arange(count, device=mask.device) + torch.tensor(before, device=mask.device)[:, None]) % columns
+        own = mask[part.rows]
+        made[key] = own.gather(-1, places[:, None, None].expand(*own.shape[:-1], count))
+    return made[key]
 
 
 def _are_few(query: torch.Tensor) -> bool:

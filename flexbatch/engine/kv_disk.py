@@ -166,5 +166,4 @@ class DiskSlots:
                 part[self._entering - slots.start].copy_(entered)
         newer = (self._newer.get(slot, range(0)) for slot in range(self._blocks.count)[slots])
         places = np.array([(each.start, each.stop) for each in newer], np.int64)
-        for part, tail in zip(parts, self._tails, strict=True):
-            add_newest(part, tail[slots], places)
+        add_newest(parts, [tail[slots] for tail in self._tails], places)

@@ -17,6 +17,7 @@ from itertools import groupby
 import torch
 
 from flexbatch.engine.kv_form import Parts
+from flexbatch.engine.kv_reading_rooms import ReadingRooms, Room
 from flexbatch.memory.direct_io import AlignedBuffer, page_ceil
 from flexbatch.memory.disk_file import DiskFile
 from flexbatch.memory.transfer import NO_STATISTICS, StreamStatistics
@@ -43,9 +44,9 @@ class BlockLayout:
     def nbytes(self) -> int:
         return sum(page_ceil(_bytes_of(shape)) for shape in self.shapes)
 
-    def views(self, buffer: AlignedBuffer, count: int) -> Parts:
-        """The parts `[count, heads, columns, ...]` of the blocks in a buffer."""
-        blocks = buffer.tensor[: count * self.nbytes].view(count, self.nbytes)
+    def views(self, memory: torch.Tensor, count: int) -> Parts:
+        """The parts `[count, heads, columns, ...]` of the blocks in some memory, uint8."""
+        blocks = memory[: count * self.nbytes].view(count, self.nbytes)
         views, start = [], 0
         for shape in self.shapes:
             (sizes, dtype), nbytes = shape, _bytes_of(shape)
@@ -55,7 +56,7 @@ class BlockLayout:
 
     def slot(self, buffer: AlignedBuffer) -> Parts:
         """The parts `[heads, columns, ...]` of the first block in a buffer."""
-        return tuple(part[0] for part in self.views(buffer, 1))
+        return tuple(part[0] for part in self.views(buffer.tensor, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +99,15 @@ class _Reading:
     of: DiskBlocks
     slots: slice
     places: list[int]
-    room: AlignedBuffer
+    room: Room
     reads: list[Future[None]]
 
     def covers(self, blocks: DiskBlocks, some: slice) -> bool:
         return self.of is blocks and self.slots.start == some.start and self.slots.stop >= some.stop
+
+    @property
+    def is_there(self) -> bool:
+        return all(each.done() for each in self.reads)
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,7 @@ class DiskTraffic:
     def __init__(self, admit: Callable[[int], None]) -> None:
         self._admit = admit
         self._layers: list[DiskBlocks] = []
-        self._room_bytes = 0
-        self._rooms: list[AlignedBuffer] = []
+        self._made_rooms: ReadingRooms | None = None
         self._ahead: deque[_Reading] = deque()
         self._free: list[AlignedBuffer] = []
         self._sent: deque[_Sent] = deque()
@@ -148,21 +152,28 @@ class DiskTraffic:
         self._live = blocks.first + rows
         if blocks is self._layers[0]:
             self._gained = 0
-        for some in self._cut(blocks, 0, rows):
-            reading = self._arriving(blocks, some)
+        at_once = self._at_once(blocks)
+        start = 0
+        while start < rows:
+            arrived = [self._arriving(blocks, slice(start, min(start + at_once, rows)))]
             try:
-                self._read_ahead(reading)
-                self._await(reading.reads)
-                yield some, blocks.layout.views(reading.room, some.stop - some.start)
+                self._read_ahead(arrived[0])
+                self._await(arrived[0].reads)
+                self._add_arrived(arrived, rows)
+                memory = self._rooms.together([each.room for each in arrived])
+                stop = min(start + at_once * len(arrived), rows)
+                yield slice(start, stop), blocks.layout.views(memory, stop - start)
+                start = stop
             finally:
-                self._rooms.append(reading.room)
+                for each in arrived:
+                    self._rooms.give_back(each.room)
 
-    def fetch(self, blocks: DiskBlocks, slot: int) -> AlignedBuffer:
-        """One slot's block as it is on disk, at once."""
+    def fetch(self, blocks: DiskBlocks, slot: int) -> torch.Tensor:
+        """One slot's block as it is on disk, at once, uint8."""
         reading = self._begin(blocks, slice(slot, slot + 1))
-        self._rooms.append(reading.room)
+        self._rooms.give_back(reading.room)
         self._await(reading.reads)
-        return reading.room
+        return reading.room.tensor
 
     def outgoing(self, nbytes: int) -> AlignedBuffer:
         """A block to be filled and sent; waits where all are under way."""
@@ -206,12 +217,32 @@ class DiskTraffic:
         if not self._ahead:
             return self._begin(blocks, some)
         reading = self._ahead.popleft()
-        places = enumerate(blocks.filled(some))
-        wanted = [(at, place) for at, place in places if place not in (NOTHING, reading.places[at])]
-        if wanted:
+        if wanted := self._changed(reading, some):
             self._await(reading.reads)  # they go to the same memory
             reading.reads.extend(self._order(blocks, wanted, reading.room))
         return reading
+
+    def _changed(self, reading: _Reading, some: slice) -> list[tuple[int, int]]:
+        """Which of these slots have another block than the one that was read, and where that is."""
+        places = enumerate(reading.of.filled(some))
+        return [(at, place) for at, place in places if place not in (NOTHING, reading.places[at])]
+
+    def _add_arrived(self, arrived: list[_Reading], rows: int) -> None:
+        """Adds what follows in memory too, and is there already, of the slots before `rows`: the fewer the calls, the
+        less there is around them."""
+        blocks = arrived[0].of
+        at_once = self._at_once(blocks)
+        while self._ahead and len(arrived) < self._rooms.at_most_together:
+            last, following = arrived[-1], self._ahead[0]
+            some = slice(last.slots.start + at_once, min(last.slots.start + 2 * at_once, rows))
+            is_beside = (
+                following.room.number == last.room.number + 1 and at_once * blocks.layout.nbytes == self._rooms.size
+            )
+            if some.stop <= some.start or not (is_beside and following.covers(blocks, some) and following.is_there):
+                return
+            if self._changed(following, some):
+                return
+            arrived.append(self._ahead.popleft())
 
     def _read_ahead(self, current: _Reading) -> None:
         """Into all free rooms what comes after `current` and what is read already."""
@@ -221,45 +252,47 @@ class DiskTraffic:
             blocks = self._layers[number]
             live = self._live if number >= here else max(self._live, self._gained)
             for some in self._cut(blocks, start, min(blocks.count, live - blocks.first)):
-                if not self._rooms:
+                if not len(self._rooms):
                     return
                 self._ahead.append(self._begin(blocks, some))
             start = 0
 
     def _drop(self, reading: _Reading) -> None:
         """What was read ahead is not needed."""
-        self._rooms.append(reading.room)
+        self._rooms.give_back(reading.room)
         self._await(reading.reads)
 
     def _cut(self, blocks: DiskBlocks, start: int, stop: int) -> Iterator[slice]:
         """The slots from `start` on to `stop` - 1, as many at a time as a room takes."""
-        self._make_rooms()
-        at_once = self._room_bytes // blocks.layout.nbytes
+        at_once = self._at_once(blocks)
         for first in range(start, stop, at_once):
             yield slice(first, min(first + at_once, stop))
 
-    def _make_rooms(self) -> None:
-        """At first use, when all layers are known."""
-        if self._room_bytes:
-            return
-        block = max(blocks.layout.nbytes for blocks in self._layers)
-        at_once, rooms = reading_rooms(max(blocks.count for blocks in self._layers), block)
-        self._rooms = [self.admitted(at_once * block) for _ in range(rooms)]
-        self._room_bytes = at_once * block
+    def _at_once(self, blocks: DiskBlocks) -> int:
+        """How many of a layer's slots a room takes."""
+        return self._rooms.size // blocks.layout.nbytes
+
+    @property
+    def _rooms(self) -> ReadingRooms:
+        """Made at first use, when all layers are known."""
+        if self._made_rooms is None:
+            block = max(blocks.layout.nbytes for blocks in self._layers)
+            at_once, count = reading_rooms(max(blocks.count for blocks in self._layers), block)
+            self._made_rooms = ReadingRooms(self.admitted(count * at_once * block), at_once * block, count)
+        return self._made_rooms
 
     def _begin(self, blocks: DiskBlocks, some: slice) -> _Reading:
         """Reads some slots into a free room; if there is none, into that of what would be needed last."""
-        self._make_rooms()
-        if not self._rooms:
+        if not len(self._rooms):
             self._drop(self._ahead.pop())
-        room, places, size = self._rooms.pop(), blocks.filled(some), blocks.layout.nbytes
+        room, places, size = self._rooms.take(), blocks.filled(some), blocks.layout.nbytes
         for at, place in enumerate(places):
             if place == NOTHING:
                 room.tensor[at * size : (at + 1) * size] = 0
         wanted = [(at, place) for at, place in enumerate(places) if place != NOTHING]
         return _Reading(blocks, some, places, room, self._order(blocks, wanted, room))
 
-    def _order(self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], room: AlignedBuffer) -> list[Future[None]]:
+    def _order(self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], room: Room) -> list[Future[None]]:
         """Reads blocks, which are at some place each, to where they belong in a room, once what was sent to them is
         there."""
         places, size, reads = {place for _, place in wanted}, blocks.layout.nbytes, []
