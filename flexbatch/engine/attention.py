@@ -150,9 +150,12 @@ def _attend_stretches(
 ) -> torch.Tensor:
     """One after the other, each with its cache; what belongs to none (spare tokens at the end) or is not asked for is
     zero."""
-    output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    output[0, stretches[-1].tokens.stop :] = 0
     for stretch in stretches:
         keys, values = stretch.cache.update(stretch.own(key), stretch.own(value))
+        if stretch.read is not None:
+            output[0, stretch.tokens] = 0
         if stretch.read == 0:
             continue
         asking, mask = stretch.own(query), stretch.mask

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -40,7 +41,7 @@ class BlockLayout:
     def columns(self) -> int:
         return self.shapes[0][0][1]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(page_ceil(_bytes_of(shape)) for shape in self.shapes)
 
@@ -170,9 +171,11 @@ class DiskTraffic:
 
     def fetch(self, blocks: DiskBlocks, slot: int) -> torch.Tensor:
         """One slot's block as it is on disk, at once, uint8."""
-        reading = self._begin(blocks, slice(slot, slot + 1))
+        some = slice(slot, slot + 1)
+        reading = self._begin(blocks, some)
         self._rooms.give_back(reading.room)
         self._await(reading.reads)
+        self._clear(reading, some)
         return reading.room.tensor
 
     def outgoing(self, nbytes: int) -> AlignedBuffer:
@@ -214,18 +217,24 @@ class DiskTraffic:
         """These slots on their way: read ahead, or as of now."""
         while self._ahead and not self._ahead[0].covers(blocks, some):
             self._drop(self._ahead.popleft())
-        if not self._ahead:
-            return self._begin(blocks, some)
-        reading = self._ahead.popleft()
+        reading = self._ahead.popleft() if self._ahead else self._begin(blocks, some)
         if wanted := self._changed(reading, some):
             self._await(reading.reads)  # they go to the same memory
             reading.reads.extend(self._order(blocks, wanted, reading.room))
+        self._clear(reading, some)
         return reading
 
     def _changed(self, reading: _Reading, some: slice) -> list[tuple[int, int]]:
         """Which of these slots have another block than the one that was read, and where that is."""
         places = enumerate(reading.of.filled(some))
         return [(at, place) for at, place in places if place not in (NOTHING, reading.places[at])]
+
+    def _clear(self, reading: _Reading, some: slice) -> None:
+        """Makes zeros of these slots if nothing was read, because nothing is there."""
+        size = reading.of.layout.nbytes
+        for at, place in enumerate(reading.of.filled(some)):
+            if place == NOTHING == reading.places[at]:
+                reading.room.tensor[at * size : (at + 1) * size] = 0
 
     def _add_arrived(self, arrived: list[_Reading], rows: int) -> None:
         """Adds what follows in memory too, and is there already, of the slots before `rows`: the fewer the calls, the
@@ -242,6 +251,7 @@ class DiskTraffic:
                 return
             if self._changed(following, some):
                 return
+            self._clear(following, some)
             arrived.append(self._ahead.popleft())
 
     def _read_ahead(self, current: _Reading) -> None:
@@ -285,10 +295,7 @@ class DiskTraffic:
         """Reads some slots into a free room; if there is none, into that of what would be needed last."""
         if not len(self._rooms):
             self._drop(self._ahead.pop())
-        room, places, size = self._rooms.take(), blocks.filled(some), blocks.layout.nbytes
-        for at, place in enumerate(places):
-            if place == NOTHING:
-                room.tensor[at * size : (at + 1) * size] = 0
+        room, places = self._rooms.take(), blocks.filled(some)
         wanted = [(at, place) for at, place in enumerate(places) if place != NOTHING]
         return _Reading(blocks, some, places, room, self._order(blocks, wanted, room))
 
