@@ -13,19 +13,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flexbatch.engine.carried_keys import Carried, OwnKeys, PackedKeys, Stretch
+from flexbatch.engine.causal_mask import as_keys_lie
+from flexbatch.engine.even_keys import even_keys, missing_keys
 from flexbatch.engine.last_layer import ReadTokens, compute_only
-from flexbatch.engine.schedule import EVEN_KEYS
 from flexbatch.errors import EngineError
 from flexbatch.kernels import decode_attention, prefill_attention
 from flexbatch.kernels.prefill_attention import KeysAndValues
-from flexbatch.kernels.vectors import multiplies_tiles
 
 NAME = "flexbatch_merging"
 EVENED_BYTES = 4 << 20
@@ -187,7 +185,7 @@ def attend_own(
     keys = part.keys[0] if isinstance(part, PackedKeys) else part.keys
     groups = query.shape[1] // keys.shape[1]
     own = query[part.rows].to(keys.device)
-    own_mask = None if mask is None else _as_keys_lie(mask, part, keys.shape[2]).to(keys.device)
+    own_mask = None if mask is None else as_keys_lie(mask, part.rows, part.before, keys.shape[2]).to(keys.device)
     rows, heads, tokens, size = own.shape
     if isinstance(part, PackedKeys) and part.is_single and tokens > 1:
         raise EngineError(f"Packed keys are asked for {tokens} queries a row; they answer one.")
@@ -207,25 +205,6 @@ def attend_own(
     return output.to(query.device), weight.to(query.device)
 
 
-_masks_as_keys_lie: Any = WeakTensorKeyDictionary()
-"""What was made of each mask, which is the same one in all layers of a call."""
-
-
-def _as_keys_lie(mask: torch.Tensor, part: OwnKeys | PackedKeys, count: int) -> torch.Tensor:
-    """`mask` `[rows, ..., columns]` for the part's rows, with `count` keys a row, of which the row's first `before`
-    columns come after its last ones, if they come at all."""
-    columns, before = mask.shape[-1], part.before
-    if before is None or (count == columns and not any(before)):
-        return mask[part.rows]
-    made: dict[Any, torch.Tensor] = _masks_as_keys_lie.setdefault(mask, {})
-    key = part.rows.start, part.rows.stop, tuple(before), count
-    if key not in made:
-        places = (torch.arange(count, device=mask.device) + torch.tensor(before, device=mask.device)[:, None]) % columns
-        own = mask[part.rows]
-        made[key] = own.gather(-1, places[:, None, None].expand(*own.shape[:-1], count))
-    return made[key]
-
-
 def _are_few(query: torch.Tensor) -> bool:
     """Whether there are several queries a row, but so few that nothing may be made of all their keys."""
     return 1 < query.shape[2] < FEWEST_QUERIES
@@ -240,7 +219,7 @@ def _attend_in_turn(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's attention and its log-sum-exp; some rows after the other where all their keys had to be copied."""
-    rows = max(1, EVENED_BYTES // (key[0].nbytes + value[0].nbytes)) if _missing(query, key) else len(key)
+    rows = max(1, EVENED_BYTES // (key[0].nbytes + value[0].nbytes)) if missing_keys(query, key) else len(key)
     made = []
     for first in range(0, len(query), rows):
         part = slice(first, first + rows)
@@ -254,29 +233,6 @@ def _attend_in_turn(
     if len(made) == 1:
         return made[0][0], made[0][1]
     return torch.cat([output for output, _ in made]), torch.cat([weight for _, weight in made])
-
-
-def _missing(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Columns by which keys fall short of what the products of bfloat16 on AMX are fast for."""
-    suits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and multiplies_tiles()
-    return -key.shape[2] % EVEN_KEYS if suits else 0
-
-
-def even_keys(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys, values and mask with so many more columns, which nothing sees, that products of bfloat16 on AMX take
-    the fast way: with 273 they take three times as long as with 288 (docs/benchmarks.md). Without a mask the queries
-    see causally, from the first key on, or all keys."""
-    missing = _missing(query, key)
-    if not missing:
-        return key, value, mask
-    if mask is None and not causal:
-        mask = query.new_zeros(1, 1, 1, key.shape[2])
-    if mask is not None:
-        unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = pad(mask, (0, missing), value=unseen)
-    return pad(key, (0, 0, 0, missing)), pad(value, (0, 0, 0, missing)), mask
 
 
 def merge(

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from flexbatch.engine.kv_blocks import DiskBlocks
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_memory import SomeRows
-from flexbatch.engine.kv_traffic import DiskBlocks, DiskTraffic
+from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.kernels.newest_columns import add_newest
 from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS

@@ -14,10 +14,11 @@ from enum import Enum, auto
 import torch
 
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
+from flexbatch.engine.kv_blocks import BlockLayout, DiskBlocks
 from flexbatch.engine.kv_disk import DiskSlots
 from flexbatch.engine.kv_form import Attend, KVForm, Parts
 from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows
-from flexbatch.engine.kv_traffic import BlockLayout, DiskBlocks, DiskTraffic
+from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS, brought_at_once

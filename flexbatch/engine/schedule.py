@@ -49,7 +49,7 @@ def in_turn(sizes: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[slice
     return groups
 
 
-# Attention of several queries a row takes so many columns, or a multiple (attention.even_keys).
+# Attention of several queries a row takes so many columns, or a multiple (even_keys).
 EVEN_KEYS = 32
 
 

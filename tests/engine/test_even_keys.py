@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexbatch.engine import attention
-from flexbatch.engine.attention import EVEN_KEYS, attend, even_keys
+from flexbatch.engine import even_keys as module
+from flexbatch.engine.attention import attend
+from flexbatch.engine.even_keys import EVEN_KEYS, even_keys
 
 
 def states(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,7 +17,7 @@ def states(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "multiplies_tiles", lambda: True)
+    monkeypatch.setattr(module, "multiplies_tiles", lambda: True)
 
 
 @pytest.mark.parametrize("keys", [1, 17, 31, 32, 33, 113, 273])
