@@ -185,6 +185,7 @@ class DiskTraffic:
                 return
             if self._changed(following, some):
                 return
+            self._await(following.reads)  # what failed is told here
             self._clear(following, some)
             arrived.append(self._ahead.popleft())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from flexbatch.engine import kv_disk, layer_store
 from flexbatch.engine.carried_keys import OwnKeys
 from flexbatch.engine.kv_arena import KVArena
+from flexbatch.engine.kv_disk import DiskSlots
 from flexbatch.engine.layer_store import LayerStore
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
@@ -64,8 +66,10 @@ def small_rooms(room_bytes: int, ahead_bytes: int) -> Iterator[None]:
 class Rows:
     """An arena beside plain lists of what each row's tokens are, layer by layer."""
 
-    def __init__(self, tiers: tuple[int, int], bits: int, seed: int, folder: Path, *, gathers: bool = False) -> None:
-        self.gathers = gathers
+    def __init__(
+        self, tiers: tuple[int, int], bits: int, seed: int, folder: Path, *, gathers: bool = False, waits: bool = False
+    ) -> None:
+        self.gathers, self.waits = gathers, waits
         self._generator, self._size = torch.Generator().manual_seed(seed), SIZES[bits]
         self.storage = Storage(CPU, Limits().budgets(), folder)
         self.arena = KVArena([tiers] * LAYERS, SLOTS, SPAN, SLACK, self.storage, bits)
@@ -131,6 +135,8 @@ class Rows:
                         assert read.equal(self.seen(tokens, layer))
 
     def _read(self, store: LayerStore, rows: int, first: int) -> Iterator[OwnKeys]:
+        if self.waits:
+            time.sleep(0.002)  # what is read ahead has arrived
         if self.gathers:
             yield OwnKeys(*store.gathered(rows, first, self.arena.end, CPU), slice(rows))
         else:
@@ -155,7 +161,7 @@ class Rows:
 @given(
     bits=st.sampled_from(list(SIZES)),
     tiers=st.sampled_from([(0, 0), (2, 0), (1, 1), (3, 0)]),
-    rooms=st.sampled_from([(1, 1), (6 * PAGE, 1), (1, 18 * PAGE), (ROOM_BYTES, AHEAD_BYTES)]),
+    rooms=st.sampled_from([(1, 1), (6 * PAGE, 1), (1, 18 * PAGE), (1, 1 << 20), (ROOM_BYTES, AHEAD_BYTES)]),
     steps=st.lists(
         st.one_of(
             st.tuples(st.just("join"), st.integers(0, 3), st.integers(1, 5)),
@@ -168,6 +174,7 @@ class Rows:
     ),
     seed=st.integers(0, 99),
     gathers=st.booleans(),
+    waits=st.booleans(),
 )
 def test_every_token_of_every_row_is_read_in_every_pass(
     bits: int,
@@ -176,9 +183,10 @@ def test_every_token_of_every_row_is_read_in_every_pass(
     steps: list[tuple[str, int, int]],
     seed: int,
     gathers: bool,
+    waits: bool,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, small_rooms(*rooms), short_tails():
-        rows = Rows(tiers, bits, seed, Path(folder), gathers=gathers)
+        rows = Rows(tiers, bits, seed, Path(folder), gathers=gathers, waits=waits)
         for kind, slot, number in steps:
             busy = set(rows.tokens) | ({rows.entering[0]} if rows.entering else set())
             if kind == "join" and slot not in busy:
@@ -302,6 +310,41 @@ def test_a_slot_that_a_row_has_left_is_neither_read_nor_written(tmp_path: Path) 
         rows.storage.close()
 
 
+@pytest.mark.parametrize("passes", range(4))
+def test_rows_that_have_arrived_are_read_together_as_they_are_now(passes: int, tmp_path: Path) -> None:
+    with short_tails(), small_rooms(1, 1 << 20):
+        rows = Rows((0, 0), 16, 0, tmp_path, waits=True)
+        for slot in range(SLOTS):
+            rows.join(slot, 1)
+        for _ in range(passes):  # the rooms of each begin elsewhere
+            rows.one_pass()
+        for slot in (1, 0, 3, 2):
+            rows.one_pass()
+            rows.leave(slot)
+            rows.one_pass()
+            rows.join(slot, 2)
+        rows.arena.close()
+        rows.storage.close()
+
+
+@pytest.mark.parametrize("rooms", [(1, 1), (1, 1 << 20), (ROOM_BYTES, AHEAD_BYTES)])
+def test_a_slot_without_a_row_is_read_as_zeros(rooms: tuple[int, int], tmp_path: Path) -> None:
+    with small_rooms(*rooms):
+        rows = Rows((0, 0), 16, 0, tmp_path, waits=True)
+        for slot in range(SLOTS):
+            rows.join(slot, 3)
+        rows.one_pass()
+        rows.leave(1)
+        rows.one_pass()  # whose first rows were on their way
+        rows.one_pass()
+        for store in rows.arena.layers:
+            for part in store.read(SLOTS, 0, rows.arena.end, CPU):
+                for row, slot in enumerate(range(SLOTS)[part.rows]):
+                    assert bool(part.keys[row].any()) == bool(part.values[row].any()) == (slot != 1)
+        rows.arena.close()
+        rows.storage.close()
+
+
 @given(slots=st.integers(1, 500), block=st.integers(1, 40 << 20), more=st.integers(0, 6 * PAGE))
 def test_rooms_take_no_more_than_the_plan_counts_for_blocks_that_are_no_smaller(
     slots: int, block: int, more: int
@@ -325,6 +368,33 @@ def test_a_disk_that_fails_is_an_error_of_the_pass_with_folder_byte_and_remedy(t
     assert "offload.disk_dir" in caught.value.remedy
     rows.arena.close()
     rows.storage.close()
+
+
+def test_a_read_that_failed_before_anyone_waited_for_it_is_an_error_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_rooms(1, 1 << 20):
+        rows = Rows((0, 0), 16, 0, tmp_path)
+        for slot in range(SLOTS):
+            rows.join(slot, 3)
+        slots, read = rows.arena.layers[0].segments[0].slots, DiskFile.read
+        assert isinstance(slots, DiskSlots)
+
+        def slow_then_broken(file: DiskFile, offset: int, target: memoryview) -> None:
+            if file is slots._blocks.file and offset == slots._blocks.layout.nbytes:
+                time.sleep(0.1)  # so that the first slot comes alone
+            if file is slots._blocks.file and offset == 2 * slots._blocks.layout.nbytes:
+                raise EngineError("The disk is gone.")
+            read(file, offset, target)
+
+        monkeypatch.setattr(DiskFile, "read", slow_then_broken)
+        arriving = slots._traffic.take(slots._blocks, SLOTS)
+        next(arriving)
+        time.sleep(0.3)  # the second and the third are there, or not, as they are asked for
+        with pytest.raises(EngineError, match="The disk is gone"):
+            list(arriving)
+        rows.arena.close()
+        rows.storage.close()
 
 
 def test_a_disk_file_has_no_name_and_gives_back_what_was_written(tmp_path: Path) -> None:
