@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from flexbatch.engine.kv_form import attention_to, kv_forms
 from flexbatch.engine.kv_memory import Relayout
@@ -47,6 +48,8 @@ class KVArena:
             LayerStore(index, slots, self.columns, each, storage, forms, attend, expansion, self._traffic, attended)
             for index, each in enumerate(counts)
         ]
+        for layer, following in pairwise(self.layers):
+            layer.following = following
 
     def advance(self, by: int) -> None:
         """There are rows whose newest tokens come so many columns later."""

@@ -69,7 +69,11 @@ class Expansion:
 
 
 class LayerStore:
-    """One layer's arena. Its segments are made when the first keys arrive and show heads, sizes and type."""
+    """One layer's arena. Its segments are made when the first keys arrive and show heads, sizes and type; with them,
+    where all slots are on the device, those of the layer `following`, whose keys mostly look the same: so the system
+    has time to find the memory."""
+
+    following: LayerStore | None = None
 
     def __init__(
         self,
@@ -95,9 +99,16 @@ class LayerStore:
 
     def prepare(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Makes room for keys and values shaped like these `[rows, heads, tokens, head_dim]`."""
-        if self.segments:
+        self._make_room(keys, values)
+        if self.following is not None and not self.following.segments and self.following._is_on_device:
+            self.following._make_room(keys, values)
+
+    def _make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        look = keys.dtype, ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
+        if self.segments and look == (self._dtype, self._shapes):
             return
-        self._dtype, self._shapes = keys.dtype, ((keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3]))
+        self._storage.release(self.on_device(slice(0, self.slots)), KV)  # room for keys like those of the layer before
+        self.segments, (self._dtype, self._shapes) = [], look
         if self.attended is not Attended.WHOLE:
             numbers = self._expansion.span * sum(heads * size for heads, size in self._shapes)
             self._at_once = min(self.slots, brought_at_once(numbers * keys.dtype.itemsize))
@@ -263,6 +274,10 @@ class LayerStore:
             first, stop = max(slots.start - segment.first, 0), min(slots.stop - segment.first, segment.count)
             if segment.tier is Tier.DEVICE and stop > first and isinstance(segment.slots, MemorySlots):
                 yield from (part[first:stop] for part in segment.slots.parts)
+
+    @property
+    def _is_on_device(self) -> bool:
+        return self._counts[Tier.DEVICE] == self.slots
 
     @property
     def _is_packed(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -70,6 +70,10 @@ class Storage:
         self.budgets[Tier.DEVICE].release(tensor.nbytes, what)
         return tensor.nbytes
 
+    def release(self, tensors: Iterable[torch.Tensor], what: str) -> None:
+        """These tensors on the device are used no more; their memory goes with their last views."""
+        self.budgets[Tier.DEVICE].release(sum(tensor.nbytes for tensor in tensors), what)
+
     def take_again(self, tensor: torch.Tensor, what: str) -> None:
         """The part of a tensor is used again; it is zeros."""
         self.budgets[Tier.DEVICE].reserve(tensor.nbytes, what)
@@ -114,10 +118,14 @@ class HiddenStateParking:
         for _, start, stop, buffer in kept:
             buffer[: stop - start].copy_(flat[start:stop])
         nbytes = memory.nbytes()
-        memory.resize_(0)
+        if memory.resizable():
+            memory.resize_(0)
+        elif gives_back():  # a kernel's result: pages of its own (kernels/result_memory.py)
+            give_back(flat)
 
         def restore() -> None:
-            memory.resize_(nbytes)
+            if memory.resizable():
+                memory.resize_(nbytes)
             for tier, start, stop, buffer in kept:
                 flat[start:stop].copy_(buffer[: stop - start])
                 self._buffers.setdefault((tier, tensor.dtype), []).append(buffer)

@@ -16,6 +16,7 @@ from numba import njit
 from flexbatch.kernels import exponent_codes
 from flexbatch.kernels.exponent_codes import expand_record
 from flexbatch.kernels.flat_memory import bits
+from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.tile_products import (
     Kind,
     as_it_is,
@@ -68,7 +69,7 @@ def compressed_linear(
 def _multiplied(
     kernel: Any, rows: torch.Tensor, weight: tuple[Any, ...], bias: torch.Tensor, rectified: bool
 ) -> torch.Tensor:
-    out = torch.empty(len(rows), len(bias), dtype=torch.bfloat16)
+    out = result((len(rows), len(bias)), torch.bfloat16)
     given = *weight, bias.numpy(), np.float32(0 if rectified else -np.inf)
     pairs = rows.shape[1] * len(bias) // 2
     multiply_rows(kernel, rows.view(torch.int8).numpy(), MOST_ROWS, pairs, given, bits(out))

@@ -13,6 +13,7 @@ import torch
 from numba import njit
 
 from flexbatch.kernels.floats import narrowed, widened
+from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.threads import on_all_threads
 
 LARGEST = np.float32(127)
@@ -25,7 +26,7 @@ FEW_THREADS = 2  # one of so many moves numbers nearly as fast as both, and the 
 def round_rows(rows: torch.Tensor, zero_point: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 of the shape of `rows` (bfloat16 `[rows, numbers]`, contiguous), and float32 scales `[rows]`: the largest
     size of a row becomes 127. `zero_point` is added to each number, in eight bits."""
-    values, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    values, scale = result(tuple(rows.shape), torch.int8), torch.empty(len(rows))
     kernel: Any = _round
     arguments = (rows.view(torch.uint16).numpy(), values.numpy(), scale.numpy(), np.int32(zero_point))
     on_all_threads(lambda first, step: kernel(*arguments, first, step), _threads(rows))
@@ -40,7 +41,7 @@ def scale_sums(
     `sums` int32 or float32 `[rows, columns]`, `row_scale` float32 `[rows]`, `column_scale` and `offset` float32
     `[columns]`, all contiguous.
     """
-    out = torch.empty(sums.shape, dtype=torch.bfloat16)
+    out = result(tuple(sums.shape), torch.bfloat16)
     kernel: Any = _scale
     given = (each.numpy() for each in (sums, row_scale, column_scale, offset))
     arguments = (*given, out.view(torch.uint16).numpy())

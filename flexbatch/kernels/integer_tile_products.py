@@ -12,6 +12,7 @@ from numba import njit
 from flexbatch.kernels.flat_memory import bits
 from flexbatch.kernels.floats import narrowed, widened
 from flexbatch.kernels.int8_rows import rounded_row, scaled_sum
+from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.tile_products import (
     Kind,
     as_it_is,
@@ -37,7 +38,7 @@ def linear(
     contiguous. Each row is rounded to int8 by its largest number; the sums are exact, scaled in float32 and rounded
     once to bfloat16 `[rows, out]`; with `rectified`, zero where they are below it."""
     least = np.float32(0 if rectified else -np.inf)
-    out = torch.empty(len(rows), len(offset), dtype=torch.bfloat16)
+    out = result((len(rows), len(offset)), torch.bfloat16)
     given = weight.numpy(), weight_scale.numpy(), offset.numpy(), least
     multiply_rows(_linear, bits(rows), MOST_ROWS, weight.numel() // TOGETHER, given, bits(out))
     return out
@@ -45,7 +46,7 @@ def linear(
 
 def integer_sums(values: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
     """`values` int8 `[rows, in]`, contiguous, times a tiled weight of `columns` outputs: exact, int32 `[rows, out]`."""
-    out = torch.empty(len(values), columns, dtype=torch.int32)
+    out = result((len(values), columns), torch.int32)
     multiply_rows(_sums, values.numpy(), MOST_ROWS, weight.numel() // TOGETHER, (weight.numpy(),), out.numpy())
     return out
 

@@ -26,6 +26,7 @@ from flexbatch.kernels.register_tiles import (
     narrow_pair_tile,
     pair_tile,
 )
+from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.sums import exact, rounded
 from flexbatch.kernels.threads import share_out, take
 
@@ -44,7 +45,7 @@ PANEL_BYTES = 8 << 20
 def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`rows` bfloat16 `[rows, in]` times `weight` bfloat16 `[out, in]` plus `bias` bfloat16 `[out]`, all contiguous:
     summed in float32, rounded once to bfloat16 `[rows, out]`."""
-    out = torch.empty(len(rows), len(weight), dtype=torch.bfloat16)
+    out = result((len(rows), len(weight)), torch.bfloat16)
     offset = np.zeros(len(weight), np.float32) if bias is None else bias.float().numpy()
     right = bits(weight), _block(len(weight)), offset
     _multiply(_pack_floats, _multiply_floats, bits(rows), right, rows.shape[1], torch.float32, bits(out))
@@ -53,7 +54,7 @@ def float_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 
 def integer_sums(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`values` int8 `[rows, in]` times `weight` int8 `[out, in]`, both contiguous: exact, int32 `[rows, out]`."""
-    out = torch.empty(len(values), len(weight), dtype=torch.int32)
+    out = result((len(values), len(weight)), torch.int32)
     right = weight.numpy(), _block(len(weight))
     _multiply(_pack_pairs, _multiply_pairs, values.numpy(), right, -(-values.shape[1] // 2), torch.int32, out.numpy())
     return out

@@ -30,6 +30,7 @@ from flexbatch.kernels.online_softmax import (
     see,
     units_of,
 )
+from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.small_products import COLUMNS
 from flexbatch.kernels.threads import on_all_threads
 from flexbatch.kernels.vectors import WIDTH, multiplies_pairs
@@ -82,7 +83,7 @@ def prefill_attention(
     """
     rows, heads, tokens, size = query.shape
     kv_heads, value_size = own[1].shape[1], own[1].shape[3]
-    output = query.new_empty(rows, tokens, heads, value_size).transpose(1, 2)
+    output = result((rows, tokens, heads, value_size), query.dtype).transpose(1, 2)
     weight = torch.empty(rows, heads, tokens)
     threads = 1 if query.numel() * (shared[0].shape[2] + own[0].shape[2]) < SMALL else torch.get_num_threads()
     arguments = (

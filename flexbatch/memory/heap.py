@@ -1,4 +1,5 @@
-"""The C library's heap: freed memory that it keeps is given back before it counts against the limit."""
+"""What is freed and kept for its next use, by the C library's heap and by kernels, is given back before it counts
+against the limit."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from flexbatch.kernels.result_memory import give_back_free
 
 # What a process that stays near the limit may keep of its headroom as freed memory before that is given back again: in
 # most cases the next call finds it and needs no more. Giving back costs time, because pages that are used again have to
@@ -80,4 +83,11 @@ def _malloc_trim() -> Callable[[], object] | None:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):
         return None
-    return (lambda: trim(0)) if _STATM.exists() else None
+    if not _STATM.exists():
+        return None
+
+    def give_back() -> None:
+        give_back_free()
+        trim(0)
+
+    return give_back
