@@ -37,7 +37,7 @@ from flexbatch.plan.limits import gibibytes
 logger = logging.getLogger(__name__)
 
 # Raise it when a measurement changes meaning: older files are then measured again, as with other kernels.
-MEASUREMENT_VERSION = 29
+MEASUREMENT_VERSION = 30
 
 # Part of the whole memory that a run leaves to the machine's other programs.
 LEFT_TO_OTHERS = 0.05

@@ -27,11 +27,10 @@ from flexbatch.engine.attention_rates import (
     packed_attention_rate,
     prefill_attention_rate,
 )
-from flexbatch.engine.linear_layers import as_multiplied
-from flexbatch.engine.product_rates import HIDDEN, gemm_curves, products, type_name
+from flexbatch.engine.product_rates import HIDDEN, gemm_curves, gemm_works
 from flexbatch.engine.rehearsal import half_type, random_values, rehearse
 from flexbatch.engine.stream_measurement import streaming_cost
-from flexbatch.engine.timing import medians, seconds_of
+from flexbatch.engine.timing import Work, medians, seconds_of
 from flexbatch.kernels import exponent_codes
 from flexbatch.memory.direct_io import AlignedBuffer, DirectReader
 from flexbatch.memory.quantization import dequantize, quantize
@@ -39,7 +38,7 @@ from flexbatch.memory.span_writer import SpanWriter
 from flexbatch.memory.tiers import allocate
 from flexbatch.plan.model_spec import QUANTIZATION_GROUP
 
-WIDTH_ROWS = 256
+WIDTH_ROWS, WIDTH_BYTES = 256, 96 << 20
 READ_BYTES = 8 << 20
 READ_THREADS = 4
 FILE_BYTES = 1536 << 20
@@ -70,10 +69,9 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
     read, read_cpu = _read_rate(device, file)
     besides = rehearse(device, file.parent)
     cpu = torch.device("cpu")
-    gemm = dict(gemm_curves(device))
     return {
-        "gemm": gemm,
-        "gemm_width": _width_factors(besides.products, gemm[type_name(half_type(device))][WIDTH_ROWS]),
+        "gemm": dict(gemm_curves(device)),
+        "gemm_width": _width_factors(besides.products, _width_work(device).rate()),
         "activation_numbers": besides.activation_numbers,
         "attention_flops": prefill_attention_rate(device),
         "attention_bytes": decode_attention_work(device).rate(),
@@ -95,6 +93,11 @@ def _round(device: torch.device, file: Path) -> dict[str, Any]:
 
 def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _width_work(device: torch.device) -> Work:
+    """Products of `WIDTH_ROWS` by weights of as many bytes as the models of a rehearsal have."""
+    return gemm_works(device, half_type(device), [WIDTH_ROWS], WIDTH_BYTES)[WIDTH_ROWS]
 
 
 def _width_factors(products: Mapping[int, float], square: float) -> dict[int, float]:
@@ -181,8 +184,7 @@ def _read_rate(device: torch.device, file: Path) -> tuple[float, float]:
             reader.read(file, offset, READ_BYTES, buffers[thread], 0)
         cpu[thread] = time.thread_time() - started
 
-    inputs, weight = (random_values((rows, HIDDEN), half_type(device), device) for rows in (WIDTH_ROWS, HIDDEN))
-    multiply = partial(products, inputs, [as_multiplied(weight)] * 2)
+    multiply = _width_work(device).run
     multiply()
     threads = [threading.Thread(target=read, args=(index,)) for index in range(READ_THREADS)]
     started = time.perf_counter()

@@ -26,8 +26,9 @@ class Work:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up (which does not
-    show in a long one)."""
+    """Mean seconds of one call, over calls that take `at_least` seconds together, after one to warm up: it may compile
+    a kernel, and finds its memory. How many they are goes by the faster of two, because one alone may be held up by
+    what else runs, and would be taken for a long one."""
 
     def calls(count: int) -> float:
         started = time.perf_counter()
@@ -37,11 +38,12 @@ def seconds_of(work: Callable[[], object], device: torch.device, at_least: float
             torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / count
 
-    first = calls(1)
-    if first < 4 * at_least:
-        first = calls(1)
-    count = math.ceil(at_least / max(first, 1e-6))
-    return first if count <= 1 else calls(min(count, 10_000))
+    calls(1)
+    once = calls(1)
+    if once < 4 * at_least:
+        once = min(once, calls(1))
+    count = math.ceil(at_least / max(once, 1e-6))
+    return once if count <= 1 else calls(min(count, 10_000))
 
 
 def medians(rounds: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:

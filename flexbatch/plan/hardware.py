@@ -16,7 +16,7 @@ from flexbatch.errors import ConfigError
 Curve = tuple[tuple[int, float], ...]
 """Pairs (rows, FLOP/s) or (hidden size, part of the full rate), by rising first."""
 
-FORMATS = ("float32", "bfloat16", "float16", "int8")
+FORMATS = ("float32", "bfloat16", "float16", "int8", "compressed")
 DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -27,9 +27,11 @@ class HardwareProfile:
     `device_memory`, `host_memory` and `disk_space` are what is really free. On a machine without an accelerator the
     device is main memory, `host_memory` is 0 and the two link rates do not matter.
 
-    `gemm` maps a number format to its rate in FLOP/s against the rows of the product, weights cold and 4096 wide;
-    `gemm_width` says what part of it is left at other hidden sizes. `activation_numbers` per second pass through what
-    lies between the products (norms, residuals, activation functions, copies).
+    `gemm` maps a number format to its rate in FLOP/s against the rows of the product, weights cold and 4096 wide
+    (`compressed`: bfloat16 weights that are compressed without loss and expanded within the product; where it is
+    missing, they are expanded before it); `gemm_width` says what part of it is left at other hidden sizes.
+    `activation_numbers` per second pass through what lies between the products (norms, residuals, activation functions,
+    copies).
     `attention_flops` is the prefill attention's rate in FLOP/s, `attention_bytes` the KV bytes per second that decode
     attention reads on the device, `host_attention_bytes` the same by the CPU in main memory, `packed_attention_numbers`
     the packed KV numbers that it reads on the device as they are kept (0: it expands them), and

@@ -26,6 +26,10 @@ COMPRESSED = -1
 COMPRESSED_CHUNK = 1 << 16
 LARGEST_COMPRESSED = 0.9
 
+# A compressed weight is expanded within the product where its inputs are a multiple of this
+# (`kernels/float_tile_products.py`).
+COMPRESSED_INPUTS = 2048
+
 BFLOAT_BYTES = 2
 
 # The KV cache is quantised in groups of at most 32 numbers, again with a scale and a minimum of two bytes.
@@ -232,6 +236,12 @@ class ModelSpec:
     def mixtures(self) -> Mapping[Mixture, int]:
         """Those of the layers, and how many layers have each."""
         return Counter(layer.mixture for layer in self.layers if layer.mixture is not None)
+
+    @property
+    def suits_compressed_products(self) -> bool:
+        """Whether a product expands every matrix while it multiplies, where they are compressed."""
+        inputs = {self.hidden_size, self.intermediate_size, *(layer.query_size for layer in self.layers)}
+        return all(size % COMPRESSED_INPUTS == 0 for size in inputs)
 
     @property
     def activation_numbers(self) -> int:

@@ -182,7 +182,7 @@ def weight_terms(spec: ModelSpec, hardware: HardwareProfile, policy: Policy, kep
     if form in (8, 4):
         seconds = numbers / hardware.dequantize_numbers
         yield Term("dequantise", Resource.COMPUTE, seconds, numbers, "numbers")
-    elif form == COMPRESSED:
+    elif form == COMPRESSED and gemm_format(spec, hardware, policy) != "compressed":
         seconds = numbers / (hardware.expansion_numbers or hardware.dequantize_numbers)
         yield Term("expand weights", Resource.COMPUTE, seconds, numbers, "numbers")
     elif form == 16 and spec.stored_dtype != spec.compute_dtype and streamed:
@@ -260,8 +260,12 @@ def overhead_terms(
         yield Term("hidden states on disk", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
 
 
-def gemm_format(spec: ModelSpec, policy: Policy) -> str:
-    return "int8" if policy.compute == "int8" else spec.compute_dtype
+def gemm_format(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> str:
+    """What of `hardware.gemm` the products with the decoder's matrices are."""
+    if policy.compute == "int8":
+        return "int8"
+    within = weight_form(policy) == COMPRESSED and "compressed" in hardware.gemm and not spec.mixtures
+    return "compressed" if within and spec.suits_compressed_products else spec.compute_dtype
 
 
 def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: float) -> float:
@@ -293,7 +297,7 @@ def _matrices(
     what: str, spec: ModelSpec, hardware: HardwareProfile, policy: Policy, tokens: float, together: float
 ) -> Term:
     """The linear layers' products for `tokens`, each `together` with others; the tokens are divided among experts."""
-    kind, width = gemm_format(spec, policy), spec.hidden_size
+    kind, width = gemm_format(spec, hardware, policy), spec.hidden_size
     flops = tokens * spec.linear_flops_per_token
     seconds, of_experts = 0.0, 0.0
     for mixture, layers in spec.mixtures.items():

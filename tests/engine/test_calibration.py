@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from flexbatch.engine import calibration, measurement, present_speed, product_rates
+from flexbatch.engine import calibration, measurement, present_speed, product_rates, timing
 from flexbatch.engine.calibration import check_device, familiar_hardware, in_this_process, measure_hardware
 from flexbatch.engine.present_speed import Speed, at_speed
 from flexbatch.engine.rehearsal import half_type
-from flexbatch.engine.timing import medians
+from flexbatch.engine.timing import medians, seconds_of
 from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.memory import heap
 from flexbatch.plan.hardware import profile_to_mapping
@@ -164,3 +166,17 @@ def test_a_limit_below_what_the_process_itself_takes_is_said_in_numbers(
     with pytest.raises(CapacityError, match=r"takes [\d.]+[MG]iB by itself.* only 100MiB of main memory") as caught:
         familiar_hardware(CPU, tmp_path, tmp_path, profile_to_mapping(machine("cpu-2core")))
     assert "limit" in caught.value.remedy
+
+
+@pytest.mark.parametrize("held_up", [(0,), (1,), (0, 2)])
+def test_work_is_not_taken_for_what_its_first_calls_took(
+    held_up: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of calls that compile, find memory or are held up by others, none is the measurement."""
+    calls, now = count(), [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work() -> None:
+        now[0] += 0.15 if next(calls) in held_up else 0.001
+
+    assert seconds_of(work, CPU) == pytest.approx(0.001)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexbatch.kernels.exponent_codes import CHUNK, expand
+from flexbatch.kernels.float_tile_products import RECORD_INPUTS
 from flexbatch.memory import compressed_weight
 from flexbatch.memory.blocked_weight import BlockedLayout, blocked_layout, suits
 from flexbatch.memory.compressed_weight import (
@@ -21,7 +22,7 @@ from flexbatch.memory.compressed_weight import (
 )
 from flexbatch.memory.packed_file import open_packed
 from flexbatch.memory.safetensors_index import SafetensorsIndex
-from flexbatch.plan.model_spec import COMPRESSED_CHUNK, LARGEST_COMPRESSED
+from flexbatch.plan.model_spec import COMPRESSED_CHUNK, COMPRESSED_INPUTS, LARGEST_COMPRESSED
 
 ODD = (700, 600)  # no whole number of chunks
 
@@ -105,6 +106,7 @@ def test_a_checkpoint_is_looked_through_once_and_again_when_it_has_changed(
 
 def test_the_plan_counts_in_the_same_chunks_and_leaves_out_the_same_weights() -> None:
     assert (COMPRESSED_CHUNK, LARGEST_COMPRESSED) == (CHUNK, compressed_weight.LARGEST_SHARE)
+    assert COMPRESSED_INPUTS == RECORD_INPUTS
 
 
 def test_torn_notes_of_what_was_found_are_made_anew(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_a_long_job_that_waits_for_the_disk_is_faster_by_nearly_as_much_as_it_re
     assert 1.25 < plain.seconds / made.seconds < 1.6
 
 
+def test_a_machine_that_expands_within_its_products_is_not_charged_for_it_twice() -> None:
+    policy, rates = Policy(Shares(0, 0), slots=8, prefill_tokens=256, compressed=True), {1: 1e10, 1024: 1e11}
+    plain = machine("cpu-2core")
+    within = replace(plain, gemm={**plain.gemm, "compressed": tuple(rates.items())})
+    for name, expands_before in (("opt-1.3b", False), ("opt-350m", True)):  # 1,024 inputs are no whole records
+        terms = predict(compressible(name), within, Workload.uniform(16), policy).terms
+        assert ("expand weights" in terms) is expands_before
+    slower = replace(
+        within, gemm={**within.gemm, "compressed": tuple((rows, rate / 2) for rows, rate in rates.items())}
+    )
+    fast, slow = (predict(compressible(), each, Workload.uniform(16), policy).terms for each in (within, slower))
+    assert slow["prefill matrices"].seconds == pytest.approx(2 * fast["prefill matrices"].seconds)
+
+
 def test_it_is_expanded_at_a_rate_of_its_own_where_that_was_measured() -> None:
     spec, policy = compressible(), Policy(Shares(0, 0), slots=8, prefill_tokens=256, compressed=True)
     seconds = [
