@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexbatch.plan.memory_need import MICRO_BATCH_TOKENS
+from flexbatch.plan.memory_need import MICRO_BATCH_TOKENS, TOGETHER_TOKENS
 
 
 def pack(lengths: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[list[int]]:
@@ -36,7 +36,7 @@ def pack_alike(lengths: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[
     return groups
 
 
-def in_turn(sizes: Sequence[int], limit: int = MICRO_BATCH_TOKENS) -> list[slice]:
+def in_turn(sizes: Sequence[int], limit: int = TOGETHER_TOKENS) -> list[slice]:
     """Consecutive sizes (tokens) in groups of at most `limit`; what is larger is alone."""
     groups: list[slice] = []
     total = 0

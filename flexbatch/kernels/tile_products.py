@@ -71,15 +71,22 @@ def tiled_bytes(rows: int, row_bytes: int) -> int:
 
 
 def multiply_rows(kernel: Any, rows: Any, most: int, pairs: int, given: tuple[Any, ...], out: Any) -> None:
-    """Calls `kernel` for up to `most` rows at a time. A product of one row has so many `pairs` of numbers that an
+    """Calls `kernel` for about `most` rows at a time. A product of one row has so many `pairs` of numbers that an
     instruction multiplies at once."""
-    steps = _whole(rows.shape[1] * rows.itemsize, LINE) // LINE
-    for first in range(0, len(rows), most):
-        part = slice(first, min(len(rows), first + most))
+    steps, at_once = _whole(rows.shape[1] * rows.itemsize, LINE) // LINE, rows_at_once(len(rows), most)
+    for first in range(0, len(rows), at_once):
+        part = slice(first, min(len(rows), first + at_once))
         many = part.stop - first
         left = _left_room(pairs_of(many) * steps * STEP)
         before = rows[part], left, np.empty(many, np.float32), np.zeros(2, np.int64)
         share_out(kernel, *before, *given, out[part], operations=(READING + many) * pairs)
+
+
+def rows_at_once(rows: int, most: int) -> int:
+    """Of so many rows, in parts of like size and up to an eighth more than `most`: a few left over would read the whole
+    weight for themselves."""
+    parts = max(1, -(-8 * rows // (9 * most)))
+    return _whole(-(-rows // parts), SIDE)
 
 
 _rooms = threading.local()

@@ -31,6 +31,10 @@ from flexbatch.plan.workload import Workload, columns, span
 # run at full rate, few enough that activations stay small.
 MICRO_BATCH_TOKENS = 2048
 
+# A call of several side by side has room for the decode batch beside a full micro-batch: alone it would read all
+# weights again.
+TOGETHER_TOKENS = MICRO_BATCH_TOKENS * 9 // 8
+
 # Logits are made for no more positions at once than fit here: as computed, in float32, and one copy to mask in. Some 90
 # positions of the largest vocabularies (BLOOM's), enough for the head's matrix product to run at full rate.
 LOGITS_BYTES = 256 << 20
@@ -300,6 +304,8 @@ def _activation_needs(spec: ModelSpec, workload: Workload, policy: Policy, joini
     prompts = tokens + math.ceil(workload.shared_tokens) if tokens else 0
     if spec.divides_layers:  # micro-batches go through a layer one after the other, but side by side through its parts
         at_once = prompts + rows
+    elif spec.side_by_side:
+        at_once = max(rows, min(prompts + rows, max(TOGETHER_TOKENS, math.ceil(longest))))
     else:
         at_once = max(rows, min(prompts, max(MICRO_BATCH_TOKENS, math.ceil(longest))))
     query = max(layer.query_size for layer in spec.layers)

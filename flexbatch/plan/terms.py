@@ -10,6 +10,7 @@ from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.kv_rooms import written_anew
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
+    TOGETHER_TOKENS,
     Need,
     attends_packed,
     cache_form,
@@ -100,7 +101,7 @@ def prefill_terms(
     own = load.joining * workload.own_tokens
     tokens = own + load.groups * workload.shared_tokens
     together = tokens + (load.decoding if spec.side_by_side else 0.0)
-    yield _matrices("prefill matrices", spec, hardware, policy, tokens, min(together, MICRO_BATCH_TOKENS))
+    yield _matrices("prefill matrices", spec, hardware, policy, tokens, min(together, TOGETHER_TOKENS))
     yield activation_term("prefill activations", spec, hardware, tokens)
     length = workload.own_squares / workload.own_tokens
     attention = spec.attention_flops(own, length)
@@ -117,7 +118,7 @@ def decode_terms(
     if not load.decoding:
         return
     beside = load.joining * workload.own_tokens if spec.side_by_side else 0.0
-    together = min(load.decoding + beside, max(load.decoding, MICRO_BATCH_TOKENS))
+    together = min(load.decoding + beside, max(load.decoding, TOGETHER_TOKENS))
     yield _matrices("decode matrices", spec, hardware, policy, load.decoding, together)
     yield activation_term("decode activations", spec, hardware, load.decoding)
     rate, resource = hardware.attention_bytes, Resource.COMPUTE
@@ -242,7 +243,7 @@ def overhead_terms(
     """Calls into the layers, one for each micro-batch, and what a pass costs by itself; hidden states that wait."""
     prompts = load.joining * workload.own_tokens
     if spec.side_by_side:
-        batches = -(-(prompts + load.decoding) // MICRO_BATCH_TOKENS)
+        batches = -(-(prompts + load.decoding) // TOGETHER_TOKENS)
     else:
         batches = -(-prompts // MICRO_BATCH_TOKENS) + (1 if load.decoding else 0)
     calls = batches * sum(1 + EXPERT_CALL * (layer.mixture.experts if layer.mixture else 0) for layer in spec.layers)

@@ -10,16 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.kernels import integer_tile_products, tile_products, tile_registers
+from flexbatch.kernels.tile_products import rows_at_once
 from flexbatch.memory.int8_layout import Int8Layout, TiledInt8Layout, int8_layout, quantize_rows
 from flexbatch.memory.int8_linear import int8_linear
 
 pytestmark = pytest.mark.skipif(not tile_registers.are_ours(), reason="no tile registers on this machine")
-ROWS = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 600]))
+ROWS = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 576, 577, 600, 1160]))
 SIZES = {"rows": ROWS, "width": st.integers(2, 700), "out": st.integers(1, 130), "seed": st.integers(0, 99)}
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@given(st.integers(1, 20_000), st.sampled_from([512, 1024]))
+def test_all_rows_are_multiplied_in_parts_of_like_size_and_no_few_are_left_over(rows: int, most: int) -> None:
+    at_once = rows_at_once(rows, most)
+    parts = [min(at_once, rows - first) for first in range(0, rows, at_once)]
+    assert max(parts) <= most * 9 // 8
+    assert len(parts) == 1 or min(parts) > max(parts) - tile_registers.SIDE * len(parts)
+    assert len(parts) <= -(-rows // most)
 
 
 @settings(max_examples=80, deadline=None)
