@@ -12,7 +12,7 @@ import torch
 from flexbatch.engine.linear_layers import as_multiplied, product
 from flexbatch.engine.rehearsal import random_values
 from flexbatch.engine.timing import Work, medians
-from flexbatch.kernels.exponent_codes import CHUNK, compress, most_exceptions
+from flexbatch.kernels.exponent_codes import CHUNK, most_exceptions
 from flexbatch.memory.compressed_weight import CompressedLayout
 from flexbatch.memory.float_layout import CompressedWeight, TiledLayout, float_layout, lay_out
 from flexbatch.memory.int8_layout import int8_layout
@@ -70,10 +70,9 @@ def int8_works(rows: Sequence[int], weight_bytes: int = WEIGHT_BYTES) -> dict[in
 
 def compressed_works(rows: Sequence[int]) -> dict[int, Work]:
     """The same of weights that are compressed without loss, and expanded within the product."""
-    numbers = lay_out(random_values((HIDDEN, HIDDEN), torch.bfloat16, CPU)).view(-1, CHUNK)
-    layout = CompressedLayout(TiledLayout((HIDDEN, HIDDEN)), most_exceptions(numbers))
-    records = torch.zeros(layout.parts[0][2], dtype=torch.uint8)
-    compress(numbers, layout.exceptions, records)
+    weight = random_values((HIDDEN, HIDDEN), torch.bfloat16, CPU)
+    layout = CompressedLayout(TiledLayout((HIDDEN, HIDDEN)), most_exceptions(lay_out(weight).view(-1, CHUNK)))
+    (records,) = layout.pack(weight)
     stored = [records, *(records.clone() for _ in range(WEIGHT_BYTES // records.nbytes - 1))]
     weights = [CompressedWeight(each, layout.exceptions, HIDDEN) for each in stored]
     return _works(lambda inputs, weight: weight.linear(inputs, None), weights, _bfloat_inputs(rows))

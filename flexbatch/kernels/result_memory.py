@@ -1,7 +1,7 @@
 """Memory of large results that the next ones get again.
 
 The C library gives blocks of this size back to the system once they are free, so that the pages of the next one have to
-be found and cleared anew: a page of 4 KiB takes as long as 4,000 multiplications of a matrix product.
+be found and cleared anew, which took a quarter of a long pass's processor time (docs/benchmarks.md).
 """
 
 from __future__ import annotations
