@@ -51,12 +51,13 @@ class BlockLayout:
 @dataclass(frozen=True, eq=False)
 class DiskBlocks:
     """One layer's slots from `first` on, numbered from 0 here; `places` says which block of the file is whose, and
-    `vacant` of which slots nothing is there."""
+    `vacant` of which slots nothing is there. What is not there `is_cleared` wherever it is read to, or anything."""
 
     first: int
     layout: BlockLayout
     file: DiskFile
     places: list[int]
+    is_cleared: bool = True
     vacant: set[int] = field(default_factory=set)
 
     @property

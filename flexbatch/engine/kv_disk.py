@@ -16,7 +16,7 @@ from flexbatch.engine.kv_blocks import DiskBlocks
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_memory import SomeRows
 from flexbatch.engine.kv_traffic import DiskTraffic
-from flexbatch.kernels.newest_columns import add_newest
+from flexbatch.kernels.newest_columns import add_newest, keep_newest
 from flexbatch.memory.direct_io import AlignedBuffer
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS
 
@@ -49,12 +49,10 @@ class DiskSlots:
     def write_columns(self, columns: torch.Tensor, new: Parts) -> None:
         """New tokens of the slots 0 to rows - 1: `[rows, heads, width, ...]`, each into its column of `[rows, width]`;
         a row's columns follow one another, and may be some that it has had before."""
-        places = columns.to("cpu") - torch.tensor(self._starts[: len(columns)])[:, None]
-        for slot, first in enumerate(places[:, 0].tolist()):
-            self._grow(slot, range(first, first + places.shape[1]))
-        slots, at = torch.arange(len(places))[:, None], places % TAIL_COLUMNS
-        for tail, each in zip(self._tails, new, strict=True):
-            tail[slots, :, at] = each.transpose(1, 2).to(tail.device)
+        firsts = columns[:, 0].numpy() - np.array(self._starts[: len(columns)])
+        for slot, first in enumerate(firsts.tolist()):
+            self._grow(slot, range(first, first + columns.shape[1]))
+        keep_newest(self._tails, [each.to(tail.device) for each, tail in zip(new, self._tails, strict=True)], firsts)
 
     def read(self, rows: int, columns: slice) -> Iterator[SomeRows]:
         """The slots 0 to rows - 1, some at a time, each until the next ones are asked for: as many places as there are

@@ -165,6 +165,8 @@ class DiskTraffic:
 
     def _clear(self, reading: _Reading, some: slice) -> None:
         """Makes zeros of these slots if nothing was read, because nothing is there."""
+        if not reading.of.is_cleared:
+            return
         size = reading.of.layout.nbytes
         for at, place in enumerate(reading.of.filled(some)):
             if place == NOTHING == reading.places[at]:

@@ -133,7 +133,9 @@ class LayerStore:
             self._storage.zeros(self._storage.main_memory, (count, heads, TAIL_COLUMNS, size), dtype, FROM_DISK)
             for (heads, _, size), dtype in layout.shapes
         )
-        return DiskSlots(DiskBlocks(first, layout, file, list(range(count))), tails, self._traffic)
+        # Attention to a compressed cache does not read what it does not see.
+        is_cleared = not (self.attended is Attended.PACKED and self._forms[0].is_exact)
+        return DiskSlots(DiskBlocks(first, layout, file, list(range(count)), is_cleared), tails, self._traffic)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
         """Keys and values as they are stored."""

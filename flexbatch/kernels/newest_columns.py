@@ -1,4 +1,5 @@
-"""The newest columns of rows of a KV cache, which wait beside it in a ring, copied to where they belong."""
+"""The newest columns of rows of a KV cache, which wait beside it in a ring: put there, and copied to where they
+belong."""
 
 from __future__ import annotations
 
@@ -30,6 +31,21 @@ def add_newest(parts: Sequence[torch.Tensor], rings: Sequence[torch.Tensor], new
         newest,
     )
     on_all_threads(lambda first, step: _copy(*arguments, first, step))
+
+
+def keep_newest(rings: Sequence[torch.Tensor], new: Sequence[torch.Tensor], firsts: Any) -> None:
+    """Puts `new` columns, `[rows, heads, columns, numbers]`, into the first rows' `rings`: of each row those from
+    column `firsts`, int64 `[rows]`, on, which may also be what no row has."""
+    sources = [(each if each.stride(3) == 1 else each.contiguous()).view(torch.uint8) for each in new]
+    targets = [each.view(torch.uint8) for each in rings]
+    _keep(
+        tuple(map(flat, targets)),
+        tuple((*each.stride()[:2], each.shape[2]) for each in targets),
+        tuple(map(flat, sources)),
+        tuple(each.stride()[:3] for each in sources),
+        tuple(tuple(each.shape[1:]) for each in sources),
+        firsts,
+    )
 
 
 def _copy_memory(_context: Any, target: Any, to: Any, source: Any, at: Any, count: Any) -> Any:
@@ -74,3 +90,18 @@ def _copy(
                     many = min(end - column, length - place)
                     _copy_bytes(targets[part], to + column * width, sources[part], at + place * width, many * width)
                     column += many
+
+
+@njit(nogil=True, cache=True)
+def _keep(targets: Any, target_steps: Any, sources: Any, source_strides: Any, shapes: Any, firsts: Any) -> None:
+    """`target_steps` are the strides of rows and heads, and the columns of a ring."""
+    for row in range(len(firsts)):
+        for part in range(len(targets)):
+            heads, columns, width = shapes[part]
+            row_step, head_step, length = target_steps[part]
+            strides = source_strides[part]
+            for head in range(heads):
+                to, at = row * row_step + head * head_step, row * strides[0] + head * strides[1]
+                for column in range(columns):
+                    place = (firsts[row] + column) % length
+                    _copy_bytes(targets[part], to + place * width, sources[part], at + column * strides[2], width)

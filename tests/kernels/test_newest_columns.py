@@ -1,4 +1,4 @@
-"""The newest columns of a cache on disk, copied from the ring where they wait."""
+"""The newest columns of a cache on disk, put into the ring where they wait and copied from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexbatch.kernels.newest_columns import add_newest
+from flexbatch.kernels.newest_columns import add_newest, keep_newest
 
 ROWS, HEADS, COLUMNS = 3, 2, 20
 
@@ -37,3 +37,25 @@ def test_columns_of_numbers_wider_than_a_byte_are_copied_whole() -> None:
     add_newest([part], [ring], np.array([[3, 6]], np.int64))
     assert torch.equal(part[0, :, 3:], ring[0][:, [3, 0, 1]])
     assert not part[0, :, :3].any()
+
+
+@given(
+    ring=st.integers(1, 8),
+    columns=st.integers(1, 3),
+    widths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    firsts=st.lists(st.integers(-(1 << 40), 1 << 40), min_size=1, max_size=ROWS),
+)
+def test_new_columns_lie_in_the_rings_of_the_first_rows_and_nothing_else_changes(
+    ring: int, columns: int, widths: list[int], firsts: list[int]
+) -> None:
+    columns = min(columns, ring)
+    rings = [torch.randint(0, 100, (ROWS, HEADS, ring, width), dtype=torch.uint8) for width in widths]
+    # As attention has them: heads beside each other, column by column.
+    new = [torch.randint(100, 200, (len(firsts), columns, HEADS, width), dtype=torch.uint8) for width in widths]
+    expected = [each.clone() for each in rings]
+    for made, fresh in zip(expected, new, strict=True):
+        for row, first in enumerate(firsts):
+            for column in range(columns):
+                made[row, :, (first + column) % ring] = fresh[row, column]
+    keep_newest(rings, [each.transpose(1, 2) for each in new], np.array(firsts, np.int64))
+    assert all(torch.equal(each, made) for each, made in zip(rings, expected, strict=True))
