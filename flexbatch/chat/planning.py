@@ -14,7 +14,7 @@ from flexbatch.engine.conversation import NO_LOOKUP, Conversation
 from flexbatch.engine.lookup import LONGEST_DRAFT
 from flexbatch.engine.opening import EngineOptions, Limits, open_conversation
 from flexbatch.errors import ConfigError
-from flexbatch.plan.memory_need import working_bytes
+from flexbatch.plan.need import working_bytes
 from flexbatch.plan.terms import by_resource, decode_terms, kv_terms, overhead_terms, pass_seconds, weight_terms
 from flexbatch.plan.workload import PassLoad
 from flexbatch.records import Prompt, Row

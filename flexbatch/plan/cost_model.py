@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexbatch.plan.hardware import HardwareProfile
-from flexbatch.plan.memory_need import Need, logits_of_guesses, needs, peak_bytes
+from flexbatch.plan.memory_need import logits_of_guesses, needs
 from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.need import Need, peak_bytes
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.rows_in_flight import GuessRoom, guessed_tokens, usual_rows
 from flexbatch.plan.terms import Resource, Term, by_resource, first_terms, pass_seconds, pass_terms

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-
-import numpy as np
 
 from flexbatch.plan.admission import most_tokens
 from flexbatch.plan.hardware import HardwareProfile
@@ -22,9 +17,11 @@ from flexbatch.plan.kv_rooms import (
     reading_bytes,
 )
 from flexbatch.plan.model_spec import COMPRESSED, INTEGERS, ModelSpec, is_attended_packed, is_compressible
-from flexbatch.plan.placement import TIERS, Numbers, place_numbers, place_slots, stream_bytes
+from flexbatch.plan.need import Need, peak_bytes
+from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.rows_in_flight import GUESSES, MOST_PACE, guessed_tokens, hastened, most_rows
+from flexbatch.plan.weight_need import number_bytes, weight_form, weight_needs
 from flexbatch.plan.workload import Workload, columns, span
 
 # A prefill micro-batch has about this many padded tokens (the engine packs them so): enough for the matrix products to
@@ -49,83 +46,10 @@ def logits_at_once(vocab_size: int) -> int:
 GUESS_COPIES = 16 << 20  # of some rows' keys and values, and of logits, where there are guesses
 FEWEST_LOGITS = 32  # at once, of rows with guesses: each time all of the head's matrix is read
 
-_THERE_BEFORE = {"process", "small weights", "resident weights", "weight stream", "weights"}
-_GIVEN_BACK = {"activations", "logits"}
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """One named use of a tier, in bytes."""
-
-    what: str
-    tier: Tier
-    nbytes: int
-
-
-def number_bytes(spec: ModelSpec) -> int:
-    """Size of a number in the compute type."""
-    return 4 if spec.compute_dtype == "float32" else 2
-
-
-def weight_form(policy: Policy) -> int:
-    """The bits that weights are kept and moved in."""
-    if policy.compressed:
-        return COMPRESSED
-    return INTEGERS if policy.compute == "int8" else policy.weight_bits
-
 
 def cache_form(policy: Policy) -> int:
     """The bits that keys and values are kept and moved in."""
     return COMPRESSED if policy.compressed_cache else policy.kv_bits
-
-
-def streamable_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """Bytes that the shares of `policy.weights` cut up: layers, embeddings and head, as stored."""
-    key = ("streamable", weight_form(policy))
-    if key not in spec.remembered:
-        spec.remembered[key] = sum(map(sum, spec.stop_bytes(weight_form(policy))))
-    return spec.remembered[key]  # type: ignore[no-any-return]
-
-
-def tied_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """Bytes of weights that a pass uses at several places."""
-    sizes, uses = spec.stop_bytes(weight_form(policy)), spec.stop_uses
-    each = zip((size for stop in sizes for size in stop), (count for stop in uses for count in stop), strict=True)
-    return sum(size for size, count in each if count > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldWeights:
-    """Bytes of weights exactly as placement puts them: on the device, on the host, the most that one stop streams, and
-    those of tied weights that a pass streams again."""
-
-    device: int
-    host: int
-    most: int
-    again: int
-
-
-def held_weights(spec: ModelSpec, policy: Policy) -> HeldWeights:
-    key = ("held", weight_form(policy), policy.weights)
-    if key not in spec.remembered:
-        spec.remembered[key] = _held_weights(spec.stop_bytes(weight_form(policy)), spec.stop_uses, policy.weights)
-    return spec.remembered[key]  # type: ignore[no-any-return]
-
-
-def _held_weights(sizes: tuple[tuple[int, ...], ...], uses: tuple[tuple[int, ...], ...], shares: Shares) -> HeldWeights:
-    (each, firsts), (times, _) = _flat(sizes), _flat(uses)
-    placed = place_numbers(each, times, shares)
-    device, host, _ = (int(each[placed == number].sum()) for number in range(len(TIERS)))
-    streamed = np.where(placed == TIERS.index(Tier.DEVICE), 0, each)
-    most, again = np.add.reduceat(streamed, firsts).max(), (streamed * (times - 1)).sum()
-    return HeldWeights(device, host, int(most), int(again))
-
-
-@lru_cache(maxsize=64)
-def _flat(stops: tuple[tuple[int, ...], ...]) -> tuple[Numbers, Numbers]:
-    """All stops' numbers in one row, and where those of each stop begin."""
-    starts = list(accumulate((len(stop) for stop in stops), initial=0))
-    return np.array([number for stop in stops for number in stop]), np.array(starts[:-1])
 
 
 def kv_units(spec: ModelSpec, policy: Policy) -> dict[Tier, int]:
@@ -200,23 +124,6 @@ def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy
     return tuple(item for item in items if item.nbytes > 0)
 
 
-def peak_bytes(items: Iterable[Need]) -> dict[Tier, int]:
-    totals = dict.fromkeys(Tier, 0)
-    for item in items:
-        totals[item.tier] += item.nbytes
-    return totals
-
-
-def kv_bytes(items: Iterable[Need]) -> int:
-    """Bytes of the KV cache on all tiers."""
-    return sum(item.nbytes for item in items if item.what == "KV cache")
-
-
-def working_bytes(items: Iterable[Need]) -> int:
-    """Bytes of the device that calls take and give back while a pass walks through the layers."""
-    return sum(item.nbytes for item in items if item.tier is Tier.DEVICE and item.what in _GIVEN_BACK)
-
-
 # Of what only passes with prompts need, this part can be had by others later: a heap keeps some of what was freed.
 FOUND_AGAIN = 0.9
 
@@ -227,33 +134,6 @@ def prompts_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
     joining = _joining(spec, workload, policy)
     busy, quiet = (peak_bytes(_activation_needs(spec, workload, policy, *each)) for each in (joining, (0, 0)))
     return int(FOUND_AGAIN * (busy[Tier.DEVICE] - quiet[Tier.DEVICE]))
-
-
-def first_used_bytes(items: Iterable[Need]) -> int:
-    """Bytes of main memory that are used for the first time while the job runs: all but the process and its weights."""
-    return sum(item.nbytes for item in items if item.tier is not Tier.DISK and item.what not in _THERE_BEFORE)
-
-
-def weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
-    """What the weights need, resident and on their way."""
-    held = held_weights(spec, policy)
-    return [
-        Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
-        Need("resident weights", Tier.DEVICE, held.device),
-        Need("weight stream", Tier.DEVICE, stream_bytes(held.most, policy.prefetch_bytes)),
-        Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
-        Need("weights", Tier.HOST, held.host),
-    ]
-
-
-def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
-    """What of a layer is in the compute type at a time, where it is kept in another: one room for the matrices that the
-    layer's parts have at the same place, or all of it, where it is converted on its way."""
-    form = weight_form(policy)
-    if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
-        return 0
-    numbers = spec.largest_layer_parameters if form == 16 else spec.expanded_parameters
-    return numbers * number_bytes(spec)
 
 
 def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy) -> list[Need]:

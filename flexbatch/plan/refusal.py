@@ -10,8 +10,9 @@ from flexbatch.errors import CapacityError
 from flexbatch.plan.enumeration import base_policy, enumerated, slot_counts
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import LIMIT_KEYS, Limits, gibibytes
-from flexbatch.plan.memory_need import needs, peak_bytes
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.need import peak_bytes
 from flexbatch.plan.policy import Policy, Tier
 from flexbatch.plan.rounding import NOTHING_RESIDENT, least_resident
 from flexbatch.plan.workload import Workload

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits
-from flexbatch.plan.memory_need import kv_bytes, needs, peak_bytes, streamable_bytes, tied_bytes, weight_needs
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.need import kv_bytes, peak_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
+from flexbatch.plan.weight_need import streamable_bytes, tied_bytes, weight_needs
 from flexbatch.plan.workload import Workload
 
 NOTHING_RESIDENT = Shares(0.0, 0.0)

@@ -16,8 +16,9 @@ from scipy.optimize import linprog
 
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits
-from flexbatch.plan.memory_need import needs, peak_bytes
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import ModelSpec
+from flexbatch.plan.need import peak_bytes
 from flexbatch.plan.policy import ALL_DEVICE, Policy, Shares, Tier
 from flexbatch.plan.terms import Resource, by_resource, pass_terms
 from flexbatch.plan.workload import PassLoad, Workload

@@ -11,21 +11,17 @@ from flexbatch.plan.kv_rooms import written_anew
 from flexbatch.plan.memory_need import (
     MICRO_BATCH_TOKENS,
     TOGETHER_TOKENS,
-    Need,
     attends_packed,
     cache_form,
-    first_used_bytes,
-    held_weights,
     is_gathered,
     kv_unit_bytes,
-    number_bytes,
     prompts_bytes,
-    streamable_bytes,
-    weight_form,
 )
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
+from flexbatch.plan.need import Need, first_used_bytes
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.rows_in_flight import usual_rows
+from flexbatch.plan.weight_need import gemm_format, held_weights, number_bytes, streamable_bytes, weight_form
 from flexbatch.plan.workload import PassLoad, Workload, span
 
 # Packing a number of the KV cache takes so many times as long as expanding one: by a kernel on a CPU (measured: 2 to
@@ -259,14 +255,6 @@ def overhead_terms(
         nbytes = waiting * away.disk
         seconds = nbytes / hardware.disk_read + MAPPED_WRITE * nbytes / hardware.disk_write
         yield Term("hidden states on disk", Resource.COMPUTE, seconds, 2 * nbytes, "bytes")
-
-
-def gemm_format(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> str:
-    """What of `hardware.gemm` the products with the decoder's matrices are."""
-    if policy.compute == "int8":
-        return "int8"
-    within = weight_form(policy) == COMPRESSED and "compressed" in hardware.gemm and not spec.mixtures
-    return "compressed" if within and spec.suits_compressed_products else spec.compute_dtype
 
 
 def head_rate(spec: ModelSpec, hardware: HardwareProfile, rows: float) -> float:

@@ -14,11 +14,12 @@ from flexbatch.plan.advice import Advice
 from flexbatch.plan.cost_model import Prediction
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, gibibytes
-from flexbatch.plan.memory_need import cache_form, kv_units, weight_form
+from flexbatch.plan.memory_need import cache_form, kv_units
 from flexbatch.plan.model_spec import ModelSpec
 from flexbatch.plan.policy import Shares, Tier
 from flexbatch.plan.rows_in_flight import most_rows
 from flexbatch.plan.terms import Resource
+from flexbatch.plan.weight_need import weight_form
 from flexbatch.plan.workload import Workload
 from flexbatch.report.progress import duration_text
 

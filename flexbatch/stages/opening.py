@@ -14,7 +14,8 @@ from flexbatch.memory.packed_file import OnProgress
 from flexbatch.memory.transfer import OnEvent
 from flexbatch.plan.blocked_file import affordable_bytes
 from flexbatch.plan.cost_model import guess_room
-from flexbatch.plan.memory_need import peak_bytes, prompts_bytes, working_bytes
+from flexbatch.plan.memory_need import prompts_bytes
+from flexbatch.plan.need import peak_bytes, working_bytes
 from flexbatch.plan.policy import Tier
 from flexbatch.plan.rows_in_flight import most_rows
 from flexbatch.report.plan_text import Plan

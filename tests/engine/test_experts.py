@@ -19,8 +19,8 @@ from flexbatch.engine.packed_sources import pack_sources, smaller_form
 from flexbatch.errors import ModelError
 from flexbatch.memory.packing import Layout
 from flexbatch.memory.safetensors_index import SafetensorsIndex, TensorEntry
-from flexbatch.plan.memory_need import expanded_bytes, held_weights
 from flexbatch.plan.policy import Policy, Shares
+from flexbatch.plan.weight_need import expanded_bytes, held_weights
 from flexbatch.records import Request, Sampling
 from tests.engine.families import loaded, prompts, reference, saved
 from tests.engine.running import answer, assert_same_tokens, engine

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flexbatch.engine import model as building
 from flexbatch.engine.model_shapes import spec_from_config
 from flexbatch.engine.weights import in_order_of_use
-from flexbatch.plan.memory_need import held_weights
 from flexbatch.plan.policy import Policy, Shares
+from flexbatch.plan.weight_need import held_weights
 from flexbatch.records import Request, Sampling
 from tests.engine.families import FAMILIES, loaded, prompts, reference, saved
 from tests.engine.running import answer, assert_same_tokens, engine

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from flexbatch.plan.memory_need import FOUND_AGAIN, kv_unit_bytes, needs, peak_bytes, prompts_bytes, streamable_bytes
+from flexbatch.plan.memory_need import FOUND_AGAIN, kv_unit_bytes, needs, prompts_bytes
+from flexbatch.plan.need import peak_bytes
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.terms import pass_terms
+from flexbatch.plan.weight_need import streamable_bytes
 from flexbatch.plan.workload import PassLoad, Workload, schedule
 from tests.plan.examples import machine, model
 

@@ -14,7 +14,8 @@ from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.plan.advice import advise
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.limits import limits_of
-from flexbatch.plan.memory_need import kv_units, needs, peak_bytes
+from flexbatch.plan.memory_need import kv_units, needs
+from flexbatch.plan.need import peak_bytes
 from flexbatch.plan.optimizer import choose_policy, frontier
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
