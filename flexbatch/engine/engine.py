@@ -70,6 +70,7 @@ class Engine:
         *,
         prefill_tokens: int,
         shortest_part: int = 0,
+        whole_prompts: bool = False,
         padded_width: int = 0,
         share_prefixes: bool = True,
         host_attention: bool = False,
@@ -85,6 +86,7 @@ class Engine:
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
         self._vocabulary, self._constraints = vocabulary, constraints or {}
         self._admission, self._padded_width = Admission(prefill_tokens, shortest_part), padded_width
+        self._whole_prompts = whole_prompts or bool(padded_width)
         self._side_by_side = stepped.lays_side_by_side and not padded_width
         self._entering: Entering | None = None
         self._slots = RowSlots(arena, most_slots)
@@ -246,7 +248,7 @@ class Engine:
 
     def _may_be_split(self, row: GrowingRow) -> bool:
         """Rows with a shared prefix are short without it, and those that need no slot have nowhere to keep a part."""
-        return keeps_growing(row) and not self._shared(row) and not self._padded_width
+        return keeps_growing(row) and not self._shared(row) and not self._whole_prompts
 
     def _batches(self, rows: list[GrowingRow], free: list[int]) -> tuple[list[Joining], list[Prefix]]:
         """Whole prompts as micro-batches; those that go on growing take slots from `free`."""

@@ -159,6 +159,7 @@ def open_engine(
         vocabulary,
         prefill_tokens=policy.prefill_tokens,
         shortest_part=policy.shortest_part,
+        whole_prompts=policy.whole_prompts,
         padded_width=options.padded_width,
         host_attention=policy.host_attention,
         share_prefixes=policy.prefix_sharing and not options.padded_width,

@@ -42,7 +42,22 @@ def enumerated(
 ) -> Iterator[Policy]:
     for slots in slot_ladder:
         for tokens in prefill_counts(workload, offload, slots, base):
-            yield replace(base, slots=slots, prefill_tokens=tokens)
+            yield admitting(replace(base, slots=slots), workload, tokens)
+
+
+def admitting(policy: Policy, workload: Workload, tokens: int) -> Policy:
+    """The policy with so many prompt tokens per pass. Where these are whole prompts of the one length that all have,
+    nothing is left over that a part would fill, and no room is needed for a prompt that has entered in part."""
+    length = _length_of_all(workload, policy)
+    is_even = length > 0 and tokens % length == 0
+    return replace(policy, prefill_tokens=tokens, whole_prompts=is_even and policy.shortest_part > 0)
+
+
+def _length_of_all(workload: Workload, policy: Policy) -> int:
+    """Tokens of every prompt; 0 where they differ, or share what not all may have."""
+    shown = workload.as_run(policy.prefix_sharing)
+    is_one = set(shown.prompt_lengths) == {shown.longest_prompt}
+    return shown.longest_prompt if is_one and not shown.shared_tokens else 0
 
 
 def slot_counts(workload: Workload, offload: OffloadConfig) -> list[int]:
@@ -92,8 +107,10 @@ def prefill_counts(workload: Workload, offload: OffloadConfig, slots: int, base:
     steady = _steady(shown, slots)
     most = min(slots * shown.own_tokens, max(steady, MOST_PREFILL_TOKENS))
     if base.shortest_part:
-        tried = (max(base.shortest_part, min(steady * times, most)) for times in PREFILL_TIMES)
-        return sorted({math.ceil(tokens) for tokens in tried})
+        tried = {math.ceil(max(base.shortest_part, min(steady * times, most))) for times in PREFILL_TIMES}
+        if length := _length_of_all(workload, base):
+            tried |= {length * max(1, round(tokens / length)) for tokens in tried}
+        return sorted(tried)
     rows = math.ceil(slots / max(1.0, shown.new_tokens))
     joining = sorted({1, max(1, rows // 2), rows, rows + 1, 2 * rows, slots})
     return [

@@ -117,7 +117,7 @@ def needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy
     workload = workload.as_run(policy.prefix_sharing)
     items = [
         Need("process", Tier.DEVICE, hardware.process_bytes),
-        *weight_needs(spec, policy),
+        *weight_needs(spec, hardware, policy),
         *_kv_needs(spec, hardware, workload, policy),
         *_activation_needs(spec, workload, policy, *_joining(spec, workload, policy)),
     ]
@@ -169,9 +169,9 @@ def _kv_needs(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, po
 
 def _from_disk_bytes(spec: ModelSpec, policy: Policy, units: int, block: int, workload: Workload) -> int:
     """What is in memory of a cache on disk: rooms to read a layer's slots into, blocks to be written, in each layer the
-    slot of the row that enters in parts, and the newest columns."""
+    slot of a row that enters in parts, and the newest columns."""
     reading = reading_bytes(most_on_disk(spec, policy), block)
-    blocks = OUTGOING_BLOCKS + min(units, len(spec.layers))
+    blocks = OUTGOING_BLOCKS + (0 if policy.whole_prompts else min(units, len(spec.layers)))
     return reading + blocks * block + math.ceil(units * block * TAIL_COLUMNS / span(workload))
 
 
@@ -227,9 +227,10 @@ def _joining(spec: ModelSpec, workload: Workload, policy: Policy) -> tuple[int, 
     rows, longest = most_rows(workload, policy), float(workload.longest_kept)
     pace = MOST_PACE if guessed_tokens(spec, workload, policy) else 1.0
     budget = hastened(policy.prefill_tokens, pace)
-    if policy.shortest_part and not workload.shared_tokens:
+    if policy.shortest_part and not (policy.whole_prompts or workload.shared_tokens):
         tokens = most_tokens(math.ceil(longest), budget, policy.shortest_part)
         return min(rows, 1 + math.ceil(tokens / longest)), min(tokens, math.ceil(policy.slots * longest))
-    saved = longest if policy.shortest_part else 0.0
+    is_even = policy.whole_prompts and budget == policy.prefill_tokens
+    saved = longest if policy.shortest_part and not is_even else 0.0
     joining = min(rows, max(1, int((budget + saved) / workload.own_tokens + 1e-9)))
     return joining, math.ceil(min(joining, policy.slots) * longest)  # more than slots are short

@@ -239,7 +239,10 @@ class ModelSpec:
 
     @property
     def suits_compressed_products(self) -> bool:
-        """Whether a product expands every matrix while it multiplies, where they are compressed."""
+        """Whether a product expands every matrix while it multiplies, where they are compressed. What latent keys and
+        values have for inputs is not known here."""
+        if any(layer.expansion_parameters for layer in self.layers):
+            return False
         inputs = {self.hidden_size, self.intermediate_size, *(layer.query_size for layer in self.layers)}
         return all(size % COMPRESSED_INPUTS == 0 for size in inputs)
 

@@ -11,7 +11,15 @@ from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.plan.compressed_file import is_worth, may_compress
 from flexbatch.plan.cost_model import Prediction, predict
-from flexbatch.plan.enumeration import MOST_SLOTS, around, base_policy, enumerated, slot_counts, steady_tokens
+from flexbatch.plan.enumeration import (
+    MOST_SLOTS,
+    admitting,
+    around,
+    base_policy,
+    enumerated,
+    slot_counts,
+    steady_tokens,
+)
 from flexbatch.plan.hardware import HardwareProfile
 from flexbatch.plan.limits import Limits, limits_of
 from flexbatch.plan.memory_need import may_compress_cache, needs
@@ -188,7 +196,7 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
     forms = [replace(search.base, weights=weights) for weights in (ALL_DEVICE, NOTHING_RESIDENT)]
     ladder = slot_counts(workload, offload)
     coarse = [
-        replace(form, slots=slots, prefill_tokens=steady_tokens(workload, offload, rows, form))
+        admitting(replace(form, slots=slots), workload, steady_tokens(workload, offload, rows, form))
         for slots in ladder
         for form in forms
         for rows in {slots, usual_rows(workload, replace(form, slots=slots))}
@@ -211,7 +219,7 @@ def _automatic(search: _Search) -> Iterator[Prediction]:
         # the cache on disk only where no slot fits otherwise.
         for kv in (ALL_DEVICE, NOTHING_RESIDENT):
             away = [replace(policy, kv=kv) for policy in coarse]
-            tried = [replace(each, weights=least_resident(spec, each)) for each in away]
+            tried = [replace(each, weights=least_resident(spec, hardware, each)) for each in away]
             fitting = [policy for policy in tried if search.fits(policy)]
             yield from (search.predict(policy) for policy in fitting)
             if fitting:

@@ -51,7 +51,8 @@ class Policy:
     With `compressed` the layers' matrices, with `compressed_cache` the KV cache of 16 bits, are kept and moved in fewer
     bytes, without loss. With `more_if_short` there
     may be more rows in flight where rows are shorter than the job's longest and all the cache is in one memory. With
-    `guesses` rows may gain several tokens in a pass that waits for weights.
+    `guesses` rows may gain several tokens in a pass that waits for weights. With `whole_prompts` none enters in parts:
+    one that does not fit waits until enough passes have left something.
     """
 
     weights: Shares = ALL_DEVICE
@@ -69,11 +70,12 @@ class Policy:
     compressed_cache: bool = False
     more_if_short: bool = False
     guesses: bool = False
+    whole_prompts: bool = False
 
     @property
     def shortest_part(self) -> int:
-        """Tokens of the shortest part in which a prompt may enter; 0 where prompts enter whole, because no weights are
-        streamed that the arithmetic of a pass should be balanced with."""
+        """Tokens of the shortest part in which a prompt may enter; 0 where each pass takes one at least, because no
+        weights are streamed that the arithmetic of a pass should be balanced with."""
         return SHORTEST_PART if self.weights.device < 1.0 - 1e-9 else 0
 
     @staticmethod

@@ -28,7 +28,7 @@ def infeasible(
         weights, kv, hidden = Policy.percent_shares(list(offload.percent))
         least = replace(smallest, weights=weights, kv=kv, hidden=hidden)
     else:
-        least = replace(smallest, weights=least_resident(spec, smallest))
+        least = replace(smallest, weights=least_resident(spec, hardware, smallest))
         if limits.exceeded(peak_bytes(needs(spec, hardware, workload, least))) is Tier.DEVICE:
             least = _smaller(spec, hardware, workload, least, replace(least, kv=NOTHING_RESIDENT))
     items = needs(spec, hardware, workload, least)

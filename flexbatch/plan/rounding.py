@@ -21,20 +21,20 @@ def fits(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy:
     return limits.exceeded(peak_bytes(needs(spec, hardware, workload, policy))) is None
 
 
-def least_resident(spec: ModelSpec, policy: Policy) -> Shares:
+def least_resident(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> Shares:
     """The weights on the device with which the policy holds least there: none, or only tied ones, for which the stream
     would need more room than they do."""
     tied = Shares(tied_bytes(spec, policy) / streamable_bytes(spec, policy), 0.0)
 
     def held(weights: Shares) -> int:
-        return peak_bytes(weight_needs(spec, replace(policy, weights=weights)))[Tier.DEVICE]
+        return peak_bytes(weight_needs(spec, hardware, replace(policy, weights=weights)))[Tier.DEVICE]
 
     return min(NOTHING_RESIDENT, tied, key=held)
 
 
 def may_fit(spec: ModelSpec, hardware: HardwareProfile, workload: Workload, policy: Policy, limits: Limits) -> bool:
     """Whether the policy's activations alone stay inside the device: cheap, before a linear program is set up."""
-    still = replace(policy, weights=least_resident(spec, policy))
+    still = replace(policy, weights=least_resident(spec, hardware, policy))
     tried = (replace(still, kv=NOTHING_RESIDENT), still)
     return any(peak_bytes(needs(spec, hardware, workload, each))[Tier.DEVICE] <= limits.device for each in tried)
 
@@ -45,7 +45,7 @@ def fitted(
     """The policy rounded to what can be placed: weights, then KV, leave a tier that is too full until the exact bytes
     fit: for the disk, and KV that the host attends to for the host."""
     total = streamable_bytes(spec, policy)
-    least = least_resident(spec, policy).device
+    least = least_resident(spec, hardware, policy).device
     if policy.weights.device < least:
         policy = replace(policy, weights=Shares(least, min(policy.weights.host, 1.0 - least)))
     for _ in range(12):

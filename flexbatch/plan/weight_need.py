@@ -84,23 +84,26 @@ def _flat(stops: tuple[tuple[int, ...], ...]) -> tuple[Numbers, Numbers]:
     return np.array([number for stop in stops for number in stop]), np.array(starts[:-1])
 
 
-def weight_needs(spec: ModelSpec, policy: Policy) -> list[Need]:
+def weight_needs(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> list[Need]:
     """What the weights need, resident and on their way."""
     held = held_weights(spec, policy)
     return [
         Need("small weights", Tier.DEVICE, spec.small_parameters * number_bytes(spec)),
         Need("resident weights", Tier.DEVICE, held.device),
         Need("weight stream", Tier.DEVICE, stream_bytes(held.most, policy.prefetch_bytes)),
-        Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, policy)),
+        Need("one layer expanded", Tier.DEVICE, expanded_bytes(spec, hardware, policy)),
         Need("weights", Tier.HOST, held.host),
     ]
 
 
-def expanded_bytes(spec: ModelSpec, policy: Policy) -> int:
+def expanded_bytes(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> int:
     """What of a layer is in the compute type at a time, where it is kept in another: one room for the matrices that the
-    layer's parts have at the same place, or all of it, where it is converted on its way."""
+    layer's parts have at the same place, or all of it, where it is converted on its way; nothing where products expand
+    what they multiply."""
     form = weight_form(policy)
     if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
+        return 0
+    if gemm_format(spec, hardware, policy) == "compressed":
         return 0
     numbers = spec.largest_layer_parameters if form == 16 else spec.expanded_parameters
     return numbers * number_bytes(spec)

@@ -41,6 +41,25 @@ def test_no_part_enters_where_all_weights_are_resident(tmp_path: Path) -> None:
     assert {result.prefill_tokens for result in passes} <= {0} | lengths | sums
 
 
+def test_whole_prompts_enter_whole_and_so_does_one_that_is_longer_because_it_was_interrupted(tmp_path: Path) -> None:
+    rows = [prompt * (70 // len(prompt) + 1) for prompt in prompts(6, LONGEST, seed=3)]
+    rows = [prompt[:70] for prompt in rows]
+    answers = [reference("opt", prompt, NEW_TOKENS) for prompt in rows]
+    policy = Policy(Shares(0, 0), Shares(0, 0), slots=3, prefill_tokens=70, whole_prompts=True)
+    running = engine(saved("opt"), policy, 70 + NEW_TOKENS, tmp_path)
+    resumed = {2: tuple(answers[2][:3])}
+    done, passes = answer(
+        running,
+        (
+            Request(index, prompt, Sampling(max_new_tokens=NEW_TOKENS), resumed=resumed.get(index, ()))
+            for index, prompt in enumerate(rows)
+        ),
+    )
+    for index, prompt in enumerate(rows):
+        assert_same_tokens("opt", prompt, done[index].token_ids, answers[index])
+    assert {result.prefill_tokens for result in passes} == {0, 70, 73}
+
+
 @given(st.integers(1, 5000), st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([0, 16, 32, 64]))
 def test_parts_add_up_and_the_last_is_longer_than_there_are_parts(
     length: int, room: int, budget: int, shortest: int

@@ -13,6 +13,7 @@ from flexbatch.errors import CapacityError
 from flexbatch.plan.compressed_file import has_room, making_seconds
 from flexbatch.plan.cost_model import predict
 from flexbatch.plan.limits import limits_of
+from flexbatch.plan.memory_need import needs
 from flexbatch.plan.model_spec import COMPRESSED, ModelSpec
 from flexbatch.plan.optimizer import choose_policy
 from flexbatch.plan.policy import Policy, Shares, Tier
@@ -60,6 +61,8 @@ def test_a_machine_that_expands_within_its_products_is_not_charged_for_it_twice(
     for name, expands_before in (("opt-1.3b", False), ("opt-350m", True)):  # 1,024 inputs are no whole records
         terms = predict(compressible(name), within, Workload.uniform(16), policy).terms
         assert ("expand weights" in terms) is expands_before
+        uses = {need.what for need in needs(compressible(name), within, Workload.uniform(16), policy)}
+        assert ("one layer expanded" in uses) is expands_before
     slower = replace(
         within, gemm={**within.gemm, "compressed": tuple((rows, rate / 2) for rows, rate in rates.items())}
     )
