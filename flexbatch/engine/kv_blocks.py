@@ -33,6 +33,9 @@ class BlockLayout:
     def nbytes(self) -> int:
         return sum(page_ceil(_bytes_of(shape)) for shape in self.shapes)
 
+    def with_columns(self, columns: int) -> BlockLayout:
+        return BlockLayout([((heads, columns, size), dtype) for (heads, _, size), dtype in self.shapes])
+
     def views(self, memory: torch.Tensor, count: int) -> Parts:
         """The parts `[count, heads, columns, ...]` of the blocks in some memory, uint8."""
         blocks = memory[: count * self.nbytes].view(count, self.nbytes)
@@ -51,18 +54,42 @@ class BlockLayout:
 @dataclass(frozen=True, eq=False)
 class DiskBlocks:
     """One layer's slots from `first` on, numbered from 0 here; `places` says which block of the file is whose, and
-    `vacant` of which slots nothing is there. What is not there `is_cleared` wherever it is read to, or anything."""
+    `vacant` of which slots nothing is there. What is not there `is_cleared` wherever it is read to, or anything.
+
+    Blocks begin at multiples of the `largest` layout's size, and have as many columns as their rows need."""
 
     first: int
-    layout: BlockLayout
+    largest: BlockLayout
     file: DiskFile
     places: list[int]
     is_cleared: bool = True
     vacant: set[int] = field(default_factory=set)
+    _columns: list[int] = field(default_factory=list)
+    _layouts: dict[int, BlockLayout] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._columns.extend(self.largest.columns for _ in self.places)
 
     @property
     def count(self) -> int:
         return len(self.places)
+
+    def layout(self, slot: int) -> BlockLayout:
+        """The same object for slots that lie in the same way."""
+        columns = self._columns[slot]
+        if columns not in self._layouts:
+            self._layouts[columns] = self.largest.with_columns(columns)
+        return self._layouts[columns]
+
+    def resize(self, slot: int, columns: int) -> BlockLayout:
+        """The slot's next block has so many columns; how that lies."""
+        self._columns[slot] = columns
+        return self.layout(slot)
+
+    def alike(self, start: int, stop: int) -> int:
+        """Behind which slot before `stop` the first one from `start` on comes that lies in another way."""
+        columns = self._columns[start]
+        return next((slot for slot in range(start, stop) if self._columns[slot] != columns), stop)
 
     def filled(self, some: slice) -> list[int]:
         """The places of some slots' blocks, `NOTHING` for vacant ones."""
@@ -70,7 +97,8 @@ class DiskBlocks:
 
     def move(self, source: int, target: int) -> None:
         """Slot `target` gets the block of slot `source`, which is vacant then."""
-        self.places[source], self.places[target] = self.places[target], self.places[source]
+        for each in (self.places, self._columns):
+            each[source], each[target] = each[target], each[source]
         if source not in self.vacant:
             self.vacant.discard(target)
             self.vacant.add(source)

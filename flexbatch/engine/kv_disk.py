@@ -1,8 +1,8 @@
 """Slots of the KV cache that are on disk, in blocks that are only ever read and written whole.
 
 A new token would touch a page for each head, so the newest tokens wait in memory (the tail), as does a prompt that
-enters in parts. A block has room for the longest row and begins with the row's first token, wherever in the arena's
-columns that is, so nothing is moved when those move.
+enters in parts. A block begins with the row's first token, wherever in the arena's columns that is, so nothing is moved
+when those move, and has room for what the row gains until it is written again: a short row is read in less time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexbatch.engine.kv_memory import SomeRows
 from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.kernels.newest_columns import add_newest, keep_newest
 from flexbatch.memory.direct_io import AlignedBuffer
-from flexbatch.plan.kv_rooms import TAIL_COLUMNS
+from flexbatch.plan.kv_rooms import TAIL_COLUMNS, block_columns
 
 NOWHERE = 1 << 40
 """A column behind all that there can be."""
@@ -35,8 +35,9 @@ class DiskSlots:
         # The places of each slot that are in the tail, place p at p % TAIL_COLUMNS.
         self._newer: dict[int, range] = {}
         self._at_once = 1  # tokens that a slot has got at once so far
-        # The slot whose prompt enters in parts, and its block.
+        # The slot whose prompt enters in parts, how many tokens that has there, and its block.
         self._entering: int | None = None
+        self._entered_tokens = 0
         self._room: AlignedBuffer | None = None
         blocks.vacant.update(range(blocks.count))
         traffic.add(blocks)
@@ -55,23 +56,20 @@ class DiskSlots:
         keep_newest(self._tails, [each.to(tail.device) for each, tail in zip(new, self._tails, strict=True)], firsts)
 
     def read(self, rows: int, columns: slice) -> Iterator[SomeRows]:
-        """The slots 0 to rows - 1, some at a time, each until the next ones are asked for: as many places as there are
-        columns, or all, if rows that lag make the columns more."""
+        """The slots 0 to rows - 1, some at a time, each until the next ones are asked for: as many places as their
+        blocks have, and no more than there are columns."""
         for slots, parts in self._traffic.take(self._blocks, rows):
             self._complete(slots, parts)
             for row, slot in enumerate(range(slots.start, slots.stop)):
                 if len(self._newer.get(slot, ())) > TAIL_COLUMNS - self._at_once:
-                    self._store(slot, tuple(part[row] for part in parts))
+                    self._store(slot, tuple(part[row] for part in parts), self._newer[slot].stop)
             before = tuple(start - columns.start for start in self._starts[slots])
             yield SomeRows(slots, tuple(part[:, :, : columns.stop - columns.start] for part in parts), before)
 
     def write_prompt(self, slot: int, columns: slice, new: Parts) -> None:
         """All tokens of another row `[heads, width, ...]`."""
         self._starts[slot] = columns.start
-        block, parts = self._outgoing()
-        for part, tokens in zip(parts, new, strict=True):
-            part[:, : tokens.shape[1]] = tokens
-        self._send(slot, block)
+        self._store(slot, new, new[0].shape[1])
 
     def write_part(self, slot: int, first: int, columns: slice, new: Parts) -> Parts:
         """More tokens of a row that enters in parts, from column `first` on; returns all that it has so far, `[heads,
@@ -79,6 +77,8 @@ class DiskSlots:
         if self._entering is not None and self._entering != slot:
             self._put_entered(self._entering)
         self._entering, self._starts[slot] = slot, first
+        self._entered_tokens = columns.stop - first
+        self._blocks.resize(slot, self._blocks.largest.columns)
         self._newer.pop(slot, None)
         for part, tokens in zip(self._entered(), new, strict=True):
             part[:, columns.start - first : columns.stop - first] = tokens
@@ -111,20 +111,20 @@ class DiskSlots:
     def load(self, slot: int) -> tuple[int, Parts]:
         """The column where the slot's row begins, and its parts `[heads, places, ...]` with all tokens, in memory that
         the next `load` or `read` takes."""
-        parts = self._blocks.layout.views(self._traffic.fetch(self._blocks, slot), 1)
+        parts = self._blocks.layout(slot).views(self._traffic.fetch(self._blocks, slot), 1)
         self._complete(slice(slot, slot + 1), parts)
         return self._starts[slot], tuple(part[0] for part in parts)
 
-    def _store(self, slot: int, parts: Parts) -> None:
-        """Puts whole parts `[heads, places, ...]` into the slot."""
-        block, rooms = self._outgoing()
+    def _store(self, slot: int, parts: Parts, tokens: int) -> None:
+        """Puts a row of so many tokens, `[heads, tokens and more, ...]`, into the slot."""
+        block, rooms = self._outgoing(slot, tokens)
         for room, part in zip(rooms, parts, strict=True):
-            room.copy_(part)
+            room[:, :tokens] = part[:, :tokens]
         self._send(slot, block)
 
     def _grow(self, slot: int, places: range) -> None:
         """These places of the slot come into its tail, behind those that are there, or over the last ones."""
-        if places.start < 0 or places.stop > self._blocks.layout.columns:  # no row is in the slot
+        if places.start < 0 or places.stop > self._blocks.largest.columns:  # no row is in the slot
             self._newer.pop(slot, None)
             return
         self._at_once = max(self._at_once, len(places))
@@ -132,20 +132,21 @@ class DiskSlots:
         is_same_row = known.start <= places.start <= known.stop
         since = known.start if is_same_row else places.start
         if places.stop - since > TAIL_COLUMNS:
-            self._store(slot, self.load(slot)[1])
+            self._store(slot, self.load(slot)[1], known.stop)
             since = places.start
         self._newer[slot] = range(since, places.stop)
 
     def _put_entered(self, slot: int) -> None:
         """The row that entered last goes to disk, with the tokens that it gained since."""
-        block, parts = self._outgoing()
+        newer = self._newer.get(slot, range(0))
+        block, parts = self._outgoing(slot, max(self._entered_tokens, newer.stop))
         self._complete(slice(slot, slot + 1), tuple(part[None] for part in parts))
         self._send(slot, block)
 
-    def _outgoing(self) -> tuple[AlignedBuffer, Parts]:
-        """A block to be filled and sent, and its parts `[heads, columns, ...]`."""
-        block = self._traffic.outgoing(self._blocks.layout.nbytes)
-        return block, self._blocks.layout.slot(block)
+    def _outgoing(self, slot: int, tokens: int) -> tuple[AlignedBuffer, Parts]:
+        """A block for a row of so many tokens, to be filled and sent, and its parts `[heads, columns, ...]`."""
+        block, most = self._traffic.outgoing(self._blocks.largest.nbytes), self._blocks.largest.columns
+        return block, self._blocks.resize(slot, block_columns(tokens, most)).slot(block)
 
     def _send(self, slot: int, block: AlignedBuffer) -> None:
         self._newer.pop(slot, None)
@@ -155,14 +156,15 @@ class DiskSlots:
 
     def _entered(self) -> Parts:
         if self._room is None:
-            self._room = self._traffic.admitted(self._blocks.layout.nbytes)
-        return self._blocks.layout.slot(self._room)
+            self._room = self._traffic.admitted(self._blocks.largest.nbytes)
+        return self._blocks.largest.slot(self._room)
 
     def _complete(self, slots: slice, parts: Parts) -> None:
         """Adds to what is on disk of some slots, `[slots, heads, places, ...]`, what is not there yet."""
         if self._entering in range(self._blocks.count)[slots]:
             for part, entered in zip(parts, self._entered(), strict=True):
-                part[self._entering - slots.start].copy_(entered)
+                part[self._entering - slots.start].copy_(entered[:, : part.shape[2]])
         newer = (self._newer.get(slot, range(0)) for slot in range(self._blocks.count)[slots])
         places = np.array([(each.start, each.stop) for each in newer], np.int64)
+        assert places.max(initial=0) <= parts[0].shape[2], "a row has outgrown its block"
         add_newest(parts, [tail[slots] for tail in self._tails], places)

@@ -16,7 +16,7 @@ from itertools import groupby
 
 import torch
 
-from flexbatch.engine.kv_blocks import NOTHING, DiskBlocks
+from flexbatch.engine.kv_blocks import NOTHING, BlockLayout, DiskBlocks
 from flexbatch.engine.kv_form import Parts
 from flexbatch.engine.kv_reading_rooms import ReadingRooms, Room
 from flexbatch.memory.direct_io import AlignedBuffer
@@ -33,12 +33,16 @@ class _Reading:
 
     of: DiskBlocks
     slots: slice
+    layout: BlockLayout
     places: list[int]
     room: Room
     reads: list[Future[None]]
 
     def covers(self, blocks: DiskBlocks, some: slice) -> bool:
-        return self.of is blocks and self.slots.start == some.start and self.slots.stop >= some.stop
+        """Whether these slots are among those that are read, and still lie as they did then."""
+        is_there = self.of is blocks and self.slots.start == some.start and self.slots.stop >= some.stop
+        lies_so = blocks.layout(some.start) is self.layout and blocks.alike(some.start, some.stop) == some.stop
+        return is_there and lies_so
 
     @property
     def is_there(self) -> bool:
@@ -87,21 +91,22 @@ class DiskTraffic:
         self._live = blocks.first + rows
         if blocks is self._layers[0]:
             self._gained = 0
-        at_once = self._at_once(blocks)
         start = 0
         while start < rows:
-            arrived = [self._arriving(blocks, slice(start, min(start + at_once, rows)))]
+            some = self._next(blocks, start, rows)
+            arrived = [self._arriving(blocks, some)]
             try:
                 self._read_ahead(arrived[0])
                 self._await(arrived[0].reads)
-                self._add_arrived(arrived, rows)
+                stop = self._add_arrived(arrived, some, rows)
                 memory = self._rooms.together([each.room for each in arrived])
-                stop = min(start + at_once * len(arrived), rows)
-                yield slice(start, stop), blocks.layout.views(memory, stop - start)
+                yield slice(start, stop), arrived[0].layout.views(memory, stop - start)
                 start = stop
             finally:
                 for each in arrived:
                     self._rooms.give_back(each.room)
+        while self._ahead and self._ahead[0].of is blocks and self._ahead[0].slots.start >= rows:
+            self._drop(self._ahead.popleft())
 
     def fetch(self, blocks: DiskBlocks, slot: int) -> torch.Tensor:
         """One slot's block as it is on disk, at once, uint8."""
@@ -123,13 +128,13 @@ class DiskTraffic:
         return block if block.nbytes >= nbytes else self.admitted(nbytes)
 
     def send(self, blocks: DiskBlocks, slot: int, block: AlignedBuffer) -> None:
-        place, size = blocks.places[slot], blocks.layout.nbytes
+        place, size = blocks.places[slot], blocks.layout(slot).nbytes
         for ahead in self._ahead:
             if ahead.of is blocks and place in ahead.places:
                 ahead.places[ahead.places.index(place)] = NOTHING
         blocks.vacant.discard(slot)
         self._gained = max(self._gained, blocks.first + slot + 1)
-        written = self._writer.submit(blocks.file.write, place * size, block.bytes[:size])
+        written = self._writer.submit(blocks.file.write, place * blocks.largest.nbytes, block.bytes[:size])
         self._moved["device>disk"] += size
         self._sent.append(_Sent(blocks, place, block, written))
 
@@ -148,13 +153,16 @@ class DiskTraffic:
         self._await([sent.written])
 
     def _arriving(self, blocks: DiskBlocks, some: slice) -> _Reading:
-        """These slots on their way: read ahead, or as of now."""
-        while self._ahead and not self._ahead[0].covers(blocks, some):
+        """These slots on their way: read ahead, or as of now, where they lie in another way since. What comes after
+        them stays under way."""
+        while (first := self._ahead[0] if self._ahead else None) and not first.covers(blocks, some):
+            if first.of is not blocks or first.slots.start >= some.stop:
+                break
             self._drop(self._ahead.popleft())
-        reading = self._ahead.popleft() if self._ahead else self._begin(blocks, some)
+        reading = self._ahead.popleft() if first and first.covers(blocks, some) else self._begin(blocks, some)
         if wanted := self._changed(reading, some):
             self._await(reading.reads)  # they go to the same memory
-            reading.reads.extend(self._order(blocks, wanted, reading.room))
+            reading.reads.extend(self._order(blocks, wanted, reading.layout.nbytes, reading.room))
         self._clear(reading, some)
         return reading
 
@@ -167,29 +175,28 @@ class DiskTraffic:
         """Makes zeros of these slots if nothing was read, because nothing is there."""
         if not reading.of.is_cleared:
             return
-        size = reading.of.layout.nbytes
+        size = reading.layout.nbytes
         for at, place in enumerate(reading.of.filled(some)):
             if place == NOTHING == reading.places[at]:
                 reading.room.tensor[at * size : (at + 1) * size] = 0
 
-    def _add_arrived(self, arrived: list[_Reading], rows: int) -> None:
-        """Adds what follows in memory too, and is there already, of the slots before `rows`: the fewer the calls, the
-        less there is around them."""
-        blocks = arrived[0].of
-        at_once = self._at_once(blocks)
-        while self._ahead and len(arrived) < self._rooms.at_most_together:
-            last, following = arrived[-1], self._ahead[0]
-            some = slice(last.slots.start + at_once, min(last.slots.start + 2 * at_once, rows))
-            is_beside = (
-                following.room.number == last.room.number + 1 and at_once * blocks.layout.nbytes == self._rooms.size
-            )
-            if some.stop <= some.start or not (is_beside and following.covers(blocks, some) and following.is_there):
-                return
-            if self._changed(following, some):
-                return
+    def _add_arrived(self, arrived: list[_Reading], some: slice, rows: int) -> int:
+        """Adds what follows `some` in memory too, and is there already, of the slots before `rows`: the fewer the
+        calls, the less there is around them. Behind which slot it ends."""
+        blocks, layout = arrived[0].of, arrived[0].layout
+        end: int = some.stop
+        while self._ahead and len(arrived) < self._rooms.at_most_together and end < rows:
+            last, following, count = arrived[-1], self._ahead[0], end - arrived[-1].slots.start
+            is_beside = following.room.number == last.room.number + 1 and count * layout.nbytes == self._rooms.size
+            after = self._next(blocks, end, rows)
+            is_like = following.layout is layout and following.covers(blocks, after) and following.is_there
+            if not (is_beside and is_like) or self._changed(following, after):
+                break
             self._await(following.reads)  # what failed is told here
-            self._clear(following, some)
+            self._clear(following, after)
             arrived.append(self._ahead.popleft())
+            end += after.stop - after.start
+        return end
 
     def _read_ahead(self, current: _Reading) -> None:
         """Into all free rooms what comes after `current` and what is read already."""
@@ -210,20 +217,22 @@ class DiskTraffic:
         self._await(reading.reads)
 
     def _cut(self, blocks: DiskBlocks, start: int, stop: int) -> Iterator[slice]:
-        """The slots from `start` on to `stop` - 1, as many at a time as a room takes."""
-        at_once = self._at_once(blocks)
-        for first in range(start, stop, at_once):
-            yield slice(first, min(first + at_once, stop))
+        """The slots from `start` on to `stop` - 1, as many at a time as lie in the same way and a room takes."""
+        while start < stop:
+            some = self._next(blocks, start, stop)
+            yield some
+            start = some.stop
 
-    def _at_once(self, blocks: DiskBlocks) -> int:
-        """How many of a layer's slots a room takes."""
-        return self._rooms.size // blocks.layout.nbytes
+    def _next(self, blocks: DiskBlocks, start: int, stop: int) -> slice:
+        """The first of these."""
+        at_once = self._rooms.size // blocks.layout(start).nbytes
+        return slice(start, blocks.alike(start, min(start + at_once, stop)))
 
     @property
     def _rooms(self) -> ReadingRooms:
         """Made at first use, when all layers are known."""
         if self._made_rooms is None:
-            block = max(blocks.layout.nbytes for blocks in self._layers)
+            block = max(blocks.largest.nbytes for blocks in self._layers)
             at_once, count = reading_rooms(max(blocks.count for blocks in self._layers), block)
             self._made_rooms = ReadingRooms(self.admitted(count * at_once * block), at_once * block, count)
         return self._made_rooms
@@ -234,20 +243,24 @@ class DiskTraffic:
             self._drop(self._ahead.pop())
         room, places = self._rooms.take(), blocks.filled(some)
         wanted = [(at, place) for at, place in enumerate(places) if place != NOTHING]
-        return _Reading(blocks, some, places, room, self._order(blocks, wanted, room))
+        layout = blocks.layout(some.start)
+        return _Reading(blocks, some, layout, places, room, self._order(blocks, wanted, layout.nbytes, room))
 
-    def _order(self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], room: Room) -> list[Future[None]]:
-        """Reads blocks, which are at some place each, to where they belong in a room, once what was sent to them is
-        there."""
-        places, size, reads = {place for _, place in wanted}, blocks.layout.nbytes, []
+    def _order(
+        self, blocks: DiskBlocks, wanted: Sequence[tuple[int, int]], size: int, room: Room
+    ) -> list[Future[None]]:
+        """Reads blocks of one size, which are at some place each, to where they belong in a room, once what was sent to
+        them is there."""
+        places, apart, reads = {place for _, place in wanted}, blocks.largest.nbytes, []
         while any(sent.of is blocks and sent.place in places for sent in self._sent):
             self._land()
         for _, each in groupby(enumerate(wanted), lambda one: (one[1][0] - one[0], one[1][1] - one[0])):
-            together = [pair for _, pair in each]
-            (first, place), nbytes = together[0], len(together) * size
-            for at in range(0, nbytes, READ_BYTES):
-                target = room.bytes[first * size + at : first * size + min(at + READ_BYTES, nbytes)]
-                reads.append(self._readers.submit(blocks.file.read, place * size + at, target))
+            beside = [pair for _, pair in each]
+            for together in [beside] if size == apart else [[pair] for pair in beside]:
+                (first, place), nbytes = together[0], len(together) * size
+                for at in range(0, nbytes, READ_BYTES):
+                    target = room.bytes[first * size + at : first * size + min(at + READ_BYTES, nbytes)]
+                    reads.append(self._readers.submit(blocks.file.read, place * apart + at, target))
         self._moved["disk>device"] += len(wanted) * size
         return reads
 

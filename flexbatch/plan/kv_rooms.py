@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 # Of a cache on disk: the newest columns, which wait in memory until they are written together; slots of a layer that
-# wait to be written; and a slot's parts at most, which begin on pages (plain; packed or compressed).
+# wait to be written; columns that a slot's are a multiple of; and a slot's parts at most, which begin on pages (plain;
+# packed or compressed).
 TAIL_COLUMNS = 32
 OUTGOING_BLOCKS = 3
+BLOCK_STEP = 64
 PARTS, PACKED_PARTS = 2, 6
 PAGE = 4096
 
@@ -23,6 +25,12 @@ def written_anew(new_tokens: float) -> float:
     where what waits in memory is full."""
     decoded = max(1, math.ceil(new_tokens) - 1)
     return decoded // TAIL_COLUMNS / decoded
+
+
+def block_columns(tokens: int, most: int) -> int:
+    """Columns with which a slot of so many tokens is written: it is read with those that come before it is written
+    again. Rows of like length get the same number, and are read together; none gets more than `most`."""
+    return min(most, -(-(tokens + TAIL_COLUMNS) // BLOCK_STEP) * BLOCK_STEP)
 
 
 def reading_rooms(slots: int, block: int) -> tuple[int, int]:

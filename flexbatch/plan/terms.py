@@ -22,7 +22,7 @@ from flexbatch.plan.need import Need, first_used_bytes
 from flexbatch.plan.policy import Policy
 from flexbatch.plan.rows_in_flight import usual_rows
 from flexbatch.plan.weight_need import gemm_format, held_weights, number_bytes, streamable_bytes, weight_form
-from flexbatch.plan.workload import PassLoad, Workload, span
+from flexbatch.plan.workload import PassLoad, Workload, stored_columns
 
 # Packing a number of the KV cache takes so many times as long as expanding one: by a kernel on a CPU (measured: 2 to
 # 4), by torch elsewhere (6 at 8 bits, 9 at 4 bits).
@@ -197,9 +197,9 @@ def kv_terms(
     if on_disk:
         # Read ahead like weights, and written behind: rows once, and again where they grow long. On a CPU that is all;
         # attention on an accelerator waits for a copy as well (computed, not measured).
-        read = load.decoding * span(workload) * per_token * on_disk  # whole slots, however long their rows are
-        rows_written = load.joining + load.decoding * written_anew(workload.new_tokens)
-        written = rows_written * span(workload) * per_token * on_disk
+        stored = stored_columns(workload) * per_token * on_disk
+        read = load.decoding * stored
+        written = (load.joining + load.decoding * written_anew(workload.new_tokens)) * stored
         yield Term("KV read from disk", Resource.DISK, read / hardware.disk_read, read, "bytes")
         yield Term("KV written to disk", Resource.DISK, written / hardware.disk_write, written, "bytes")
         if hardware.has_accelerator:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexbatch.errors import ConfigError
 from flexbatch.plan.admission import Admission
+from flexbatch.plan.kv_rooms import TAIL_COLUMNS, block_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,15 @@ class _Simulation:
 def span(workload: Workload) -> int:
     """The longest that a row's own part can get: prompt without the shared prefix, and completion."""
     return workload.longest_kept + workload.longest_new
+
+
+def stored_columns(workload: Workload) -> float:
+    """Columns with which a slot on disk is read, on the average: those of rows that are half done, where they are
+    written anew on the way."""
+    grown = max(0.0, workload.new_tokens - TAIL_COLUMNS) / 2.0
+    shared, longest = workload.shared_tokens, span(workload)
+    each = (block_columns(math.ceil(max(1.0, length - shared) + grown), longest) for length in workload.prompt_lengths)
+    return sum(each) / len(workload.prompt_lengths)
 
 
 def columns(workload: Workload) -> int:

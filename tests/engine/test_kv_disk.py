@@ -37,18 +37,22 @@ CPU = torch.device("cpu")
 LAYERS, SLOTS, HEADS, SPAN, SLACK, TAIL = 3, 4, 2, 12, 4, 3
 SIZES = {16: 8, 8: 8, 4: 8, COMPRESSED: 64}
 """Of a head, by the bits of the cache."""
+WIDE = 512
+"""Of a head two columns of which take half a page."""
 States = tuple[torch.Tensor, torch.Tensor]
 
 
 @contextmanager
-def short_tails() -> Iterator[None]:
-    """Rows outgrow what waits in memory after `TAIL` tokens."""
-    whole = kv_disk.TAIL_COLUMNS
-    kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = TAIL  # type: ignore[attr-defined]
+def short_tails(step: int = kv_rooms.BLOCK_STEP) -> Iterator[None]:
+    """Rows outgrow what waits in memory after `TAIL` tokens, and their blocks have a multiple of `step` columns."""
+    whole, steps = kv_rooms.TAIL_COLUMNS, kv_rooms.BLOCK_STEP
+    kv_rooms.TAIL_COLUMNS = kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = TAIL  # type: ignore[attr-defined]
+    kv_rooms.BLOCK_STEP = step
     try:
         yield
     finally:
-        kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = whole  # type: ignore[attr-defined]
+        kv_rooms.TAIL_COLUMNS = kv_disk.TAIL_COLUMNS = layer_store.TAIL_COLUMNS = whole  # type: ignore[attr-defined]
+        kv_rooms.BLOCK_STEP = steps
 
 
 @contextmanager
@@ -67,10 +71,18 @@ class Rows:
     """An arena beside plain lists of what each row's tokens are, layer by layer."""
 
     def __init__(
-        self, tiers: tuple[int, int], bits: int, seed: int, folder: Path, *, gathers: bool = False, waits: bool = False
+        self,
+        tiers: tuple[int, int],
+        bits: int,
+        seed: int,
+        folder: Path,
+        *,
+        gathers: bool = False,
+        waits: bool = False,
+        size: int = 0,
     ) -> None:
         self.gathers, self.waits = gathers, waits
-        self._generator, self._size = torch.Generator().manual_seed(seed), SIZES[bits]
+        self._generator, self._size = torch.Generator().manual_seed(seed), size or SIZES[bits]
         self.storage = Storage(CPU, Limits().budgets(), folder)
         self.arena = KVArena([tiers] * LAYERS, SLOTS, SPAN, SLACK, self.storage, bits)
         self.tokens: dict[int, list[torch.Tensor]] = {}  # by slot: one `[layers, 2, heads, size]` for each token
@@ -175,6 +187,8 @@ class Rows:
     seed=st.integers(0, 99),
     gathers=st.booleans(),
     waits=st.booleans(),
+    step=st.sampled_from([1, 2, 5, 64]),
+    size=st.sampled_from([0, WIDE]),
 )
 def test_every_token_of_every_row_is_read_in_every_pass(
     bits: int,
@@ -184,9 +198,11 @@ def test_every_token_of_every_row_is_read_in_every_pass(
     seed: int,
     gathers: bool,
     waits: bool,
+    step: int,
+    size: int,
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder, small_rooms(*rooms), short_tails():
-        rows = Rows(tiers, bits, seed, Path(folder), gathers=gathers, waits=waits)
+    with tempfile.TemporaryDirectory() as folder, small_rooms(*rooms), short_tails(step):
+        rows = Rows(tiers, bits, seed, Path(folder), gathers=gathers, waits=waits, size=size if bits == 16 else 0)
         for kind, slot, number in steps:
             busy = set(rows.tokens) | ({rows.entering[0]} if rows.entering else set())
             if kind == "join" and slot not in busy:
@@ -310,6 +326,40 @@ def test_a_slot_that_a_row_has_left_is_neither_read_nor_written(tmp_path: Path) 
         rows.storage.close()
 
 
+def test_of_a_short_row_no_more_is_read_than_it_has_before_it_is_written_again(tmp_path: Path) -> None:
+    with short_tails(step=1):
+        rows = Rows((0, 0), 16, 0, tmp_path, size=WIDE)
+        columns = HEADS * WIDE * 2 * 2  # bytes of a token's keys and values
+        rows.join(0, 1)
+        rows.join(1, SPAN - TAIL - 2)
+        rows.one_pass()
+        moved = rows.arena.statistics().bytes_moved
+        written = (1 + TAIL + SPAN - 2) * columns  # both whole pages
+        assert moved["device>disk"] == LAYERS * written
+        # And what there is room for of what the next pass reads first.
+        assert moved["disk>device"] == LAYERS * written + (1 + TAIL) * columns
+        rows.arena.close()
+        rows.storage.close()
+
+
+def test_a_row_that_lies_in_another_way_leaves_what_comes_after_it_under_way(tmp_path: Path) -> None:
+    with short_tails(step=1), small_rooms(1, 1 << 20):
+        rows = Rows((0, 0), 16, 0, tmp_path, size=WIDE, waits=True)
+        for slot in range(SLOTS):
+            rows.join(slot, 5)
+        rows.one_pass()
+        read = rows.arena.statistics().bytes_moved["disk>device"]
+        rows.leave(1)
+        rows.join(1, 1)
+        rows.one_pass()
+        columns = HEADS * WIDE * 2 * 2
+        again = rows.arena.statistics().bytes_moved["disk>device"] - read
+        # All layers' rows, for this pass or the next, and in the first layer, whose others were under way, the new one.
+        assert again == (LAYERS * ((SLOTS - 1) * (5 + TAIL) + 1 + TAIL) + 1 + TAIL) * columns
+        rows.arena.close()
+        rows.storage.close()
+
+
 @pytest.mark.parametrize("passes", range(4))
 def test_rows_that_have_arrived_are_read_together_as_they_are_now(passes: int, tmp_path: Path) -> None:
     with short_tails(), small_rooms(1, 1 << 20):
@@ -381,9 +431,9 @@ def test_a_read_that_failed_before_anyone_waited_for_it_is_an_error_all_the_same
         assert isinstance(slots, DiskSlots)
 
         def slow_then_broken(file: DiskFile, offset: int, target: memoryview) -> None:
-            if file is slots._blocks.file and offset == slots._blocks.layout.nbytes:
+            if file is slots._blocks.file and offset == slots._blocks.largest.nbytes:
                 time.sleep(0.1)  # so that the first slot comes alone
-            if file is slots._blocks.file and offset == 2 * slots._blocks.layout.nbytes:
+            if file is slots._blocks.file and offset == 2 * slots._blocks.largest.nbytes:
                 raise EngineError("The disk is gone.")
             read(file, offset, target)
 
