@@ -64,8 +64,8 @@ class DiskBlocks:
     places: list[int]
     is_cleared: bool = True
     vacant: set[int] = field(default_factory=set)
-    _columns: list[int] = field(default_factory=list)
-    _layouts: dict[int, BlockLayout] = field(default_factory=dict)
+    _columns: list[int] = field(default_factory=list, init=False)
+    _layouts: dict[int, BlockLayout] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._columns.extend(self.largest.columns for _ in self.places)

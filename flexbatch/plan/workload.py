@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from flexbatch.errors import ConfigError
@@ -197,9 +198,12 @@ def stored_columns(workload: Workload) -> float:
     """Columns with which a slot on disk is read, on the average: those of rows that are half done, where they are
     written anew on the way."""
     grown = max(0.0, workload.new_tokens - TAIL_COLUMNS) / 2.0
-    shared, longest = workload.shared_tokens, span(workload)
-    each = (block_columns(math.ceil(max(1.0, length - shared) + grown), longest) for length in workload.prompt_lengths)
-    return sum(each) / len(workload.prompt_lengths)
+    return _mean_block_columns(workload.prompt_lengths, workload.shared_tokens, grown, span(workload))
+
+
+@lru_cache(maxsize=64)
+def _mean_block_columns(lengths: tuple[int, ...], shared: float, grown: float, most: int) -> float:
+    return sum(block_columns(math.ceil(max(1.0, length - shared) + grown), most) for length in lengths) / len(lengths)
 
 
 def columns(workload: Workload) -> int:
