@@ -116,10 +116,12 @@ class DiskSlots:
         return self._starts[slot], tuple(part[0] for part in parts)
 
     def _store(self, slot: int, parts: Parts, tokens: int) -> None:
-        """Puts a row of so many tokens, `[heads, tokens and more, ...]`, into the slot."""
+        """Puts a row of so many tokens, `[heads, tokens and more, ...]`, into the slot, with zeros behind them: what a
+        block that lay in another way has left there may be no numbers at all."""
         block, rooms = self._outgoing(slot, tokens)
         for room, part in zip(rooms, parts, strict=True):
             room[:, :tokens] = part[:, :tokens]
+            room[:, tokens:] = 0
         self._send(slot, block)
 
     def _grow(self, slot: int, places: range) -> None:

@@ -19,6 +19,7 @@ from flexbatch.engine import kv_disk, layer_store
 from flexbatch.engine.carried_keys import OwnKeys
 from flexbatch.engine.kv_arena import KVArena
 from flexbatch.engine.kv_disk import DiskSlots
+from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.engine.layer_store import LayerStore
 from flexbatch.engine.opening import Limits
 from flexbatch.engine.storage import Storage
@@ -340,6 +341,30 @@ def test_of_a_short_row_no_more_is_read_than_it_has_before_it_is_written_again(t
         assert moved["disk>device"] == LAYERS * written + (1 + TAIL) * columns
         rows.arena.close()
         rows.storage.close()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_behind_a_rows_tokens_there_are_numbers_whatever_its_block_held_before(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outgoing = DiskTraffic.outgoing
+
+    def full_of_no_numbers(traffic: DiskTraffic, nbytes: int) -> AlignedBuffer:
+        block = outgoing(traffic, nbytes)
+        block.tensor.fill_(0xFF)
+        return block
+
+    monkeypatch.setattr(DiskTraffic, "outgoing", full_of_no_numbers)
+    rows = Rows((0, 0), bits, 0, tmp_path)
+    for slot in range(SLOTS):
+        rows.join(slot, 2 + slot)
+    rows.one_pass()
+    for store in rows.arena.layers:
+        for part in store.read(SLOTS, 0, rows.arena.end, CPU):
+            assert part.keys.isfinite().all()
+            assert part.values.isfinite().all()
+    rows.arena.close()
+    rows.storage.close()
 
 
 def test_a_row_that_lies_in_another_way_leaves_what_comes_after_it_under_way(tmp_path: Path) -> None:
