@@ -34,6 +34,7 @@ class BlockLayout:
         return sum(page_ceil(_bytes_of(shape)) for shape in self.shapes)
 
     def with_columns(self, columns: int) -> BlockLayout:
+        """The same of a slot with so many columns."""
         return BlockLayout([((heads, columns, size), dtype) for (heads, _, size), dtype in self.shapes])
 
     def views(self, memory: torch.Tensor, count: int) -> Parts:

@@ -98,7 +98,7 @@ class DiskTraffic:
             try:
                 self._read_ahead(arrived[0])
                 self._await(arrived[0].reads)
-                stop = self._add_arrived(arrived, some, rows)
+                stop = self._add_arrived(arrived, some.stop, rows)
                 memory = self._rooms.together([each.room for each in arrived])
                 yield slice(start, stop), arrived[0].layout.views(memory, stop - start)
                 start = stop
@@ -155,11 +155,13 @@ class DiskTraffic:
     def _arriving(self, blocks: DiskBlocks, some: slice) -> _Reading:
         """These slots on their way: read ahead, or as of now, where they lie in another way since. What comes after
         them stays under way."""
-        while (first := self._ahead[0] if self._ahead else None) and not first.covers(blocks, some):
-            if first.of is not blocks or first.slots.start >= some.stop:
+        while self._ahead and self._ahead[0].of is blocks and self._ahead[0].slots.start < some.stop:
+            reading = self._ahead.popleft()
+            if reading.covers(blocks, some):
                 break
-            self._drop(self._ahead.popleft())
-        reading = self._ahead.popleft() if first and first.covers(blocks, some) else self._begin(blocks, some)
+            self._drop(reading)
+        else:
+            reading = self._begin(blocks, some)
         if wanted := self._changed(reading, some):
             self._await(reading.reads)  # they go to the same memory
             reading.reads.extend(self._order(blocks, wanted, reading.layout.nbytes, reading.room))
@@ -180,11 +182,10 @@ class DiskTraffic:
             if place == NOTHING == reading.places[at]:
                 reading.room.tensor[at * size : (at + 1) * size] = 0
 
-    def _add_arrived(self, arrived: list[_Reading], some: slice, rows: int) -> int:
-        """Adds what follows `some` in memory too, and is there already, of the slots before `rows`: the fewer the
-        calls, the less there is around them. Behind which slot it ends."""
+    def _add_arrived(self, arrived: list[_Reading], end: int, rows: int) -> int:
+        """Adds what follows in memory too, and is there already, of the slots from `end` on before `rows`: the fewer
+        the calls, the less there is around them. Behind which slot it ends now."""
         blocks, layout = arrived[0].of, arrived[0].layout
-        end: int = some.stop
         while self._ahead and len(arrived) < self._rooms.at_most_together and end < rows:
             last, following, count = arrived[-1], self._ahead[0], end - arrived[-1].slots.start
             is_beside = following.room.number == last.room.number + 1 and count * layout.nbytes == self._rooms.size
@@ -254,13 +255,18 @@ class DiskTraffic:
         places, apart, reads = {place for _, place in wanted}, blocks.largest.nbytes, []
         while any(sent.of is blocks and sent.place in places for sent in self._sent):
             self._land()
-        for _, each in groupby(enumerate(wanted), lambda one: (one[1][0] - one[0], one[1][1] - one[0])):
-            beside = [pair for _, pair in each]
-            for together in [beside] if size == apart else [[pair] for pair in beside]:
-                (first, place), nbytes = together[0], len(together) * size
-                for at in range(0, nbytes, READ_BYTES):
-                    target = room.bytes[first * size + at : first * size + min(at + READ_BYTES, nbytes)]
-                    reads.append(self._readers.submit(blocks.file.read, place * apart + at, target))
+
+        def stretch(numbered: tuple[int, tuple[int, int]]) -> tuple[int, int]:
+            """The same for blocks that follow one another in the room and, if there are no gaps, in the file."""
+            number, (at, place) = numbered
+            return (at - number, place - number) if size == apart else (at, place)
+
+        for _, each in groupby(enumerate(wanted), stretch):
+            together = [pair for _, pair in each]
+            (first, place), nbytes = together[0], len(together) * size
+            for at in range(0, nbytes, READ_BYTES):
+                target = room.bytes[first * size + at : first * size + min(at + READ_BYTES, nbytes)]
+                reads.append(self._readers.submit(blocks.file.read, place * apart + at, target))
         self._moved["disk>device"] += len(wanted) * size
         return reads
 
