@@ -17,6 +17,7 @@ from flexbatch.kernels.decode_attention import UNSEEN, for_all_pairs
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import ARITHMETIC, LOWEST, widened
 from flexbatch.kernels.row_softmax import room, weigh
+from flexbatch.kernels.threads import take
 from flexbatch.kernels.vectors import (
     FLOATS,
     PAIRS,
@@ -97,16 +98,18 @@ def _index(place: int) -> int:
 
 @njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")
 def _attend(
-    query: Any, keys: Any, values: Any, added: Any, scale: Any, output: Any, weight: Any, first: int, step: int
+    query: Any, keys: Any, values: Any, added: Any, scale: Any, output: Any, weight: Any, counter: Any, threads: int
 ) -> None:
-    """Every `step`-th pair of a row and a head, from `first` on. `added` has for each row one mask, or one a query."""
+    """Pairs of a row and a head that no other of the `threads` takes. `added` has for each row one mask, or one a
+    query."""
     rows, heads, queries, size = query.shape
     columns, masks = added.shape[1], len(added) // rows
     scores = np.empty((queries, len(room(columns))), np.float32)
     sums, asked = np.empty((queries, output.shape[3]), np.float32), np.empty((queries, size), np.float32)
     key_listing, value_listing = _listing_room(keys, columns), _listing_room(values, columns)
     listed_row, key_count, value_count = -1, 0, 0
-    for pair in range(first, rows * heads, step):
+    pair = take(counter)
+    while pair < rows * heads:
         row, head = pair // heads, pair % heads
         own = added[row * masks : (row + 1) * masks]
         for each in range(queries):
@@ -127,7 +130,7 @@ def _attend(
             _score_all(asked, keys, keys_at, values, values_at, start, stop, scores)
         for each in range(queries):
             weight[row, head, each] = _weigh(scores[each], own[each % masks], start, stop, scale)
-        following = _place(keys, (pair + step) // heads, (pair + step) % heads)
+        following = _place(keys, (pair + threads) // heads, (pair + threads) % heads)
         if queries == 1:
             _sum(values, values_at, scores[0], start, stop, keys, following, sums[0])
         else:
@@ -137,6 +140,7 @@ def _attend(
             for place in range(told.shape[1]):
                 told[each, _index(place)] = sums[each, place]
         _add_exceptional_values(values, row, head, value_listing, value_count, scores, told)
+        pair = take(counter)
 
 
 @njit(nogil=True)

@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 
 from flexbatch.errors import IncompressibleCache
 from flexbatch.kernels.flat_memory import flat
-from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.threads import take, take_turns
 from flexbatch.kernels.vectors import function, memory_of, number, put, repeated
 
 BLOCK = 64
@@ -39,6 +39,7 @@ LISTED_CODE = 15
 LISTED_BYTES = 3
 """Of an exception."""
 SMALL = 1 << 15  # numbers; with fewer a second thread costs more than it brings
+TOGETHER = 8  # tokens that a thread takes at a time
 HALF = BLOCK // 2
 BYTES, WORDS = (ir.VectorType(ir.IntType(size), HALF) for size in (8, 16))
 
@@ -59,11 +60,11 @@ def compress(states: torch.Tensor, places: int) -> Compressed:
     rows, heads, tokens, size = states.shape
     codes = torch.empty(rows, heads, tokens, code_bytes(size), dtype=torch.uint8)
     exceptions = torch.empty(rows, 1, tokens, 1 + LISTED_BYTES * places, dtype=torch.uint8)
-    threads = 1 if states.numel() < SMALL else torch.get_num_threads()
-    most = np.zeros(threads, np.int64)
+    threads = 1 if states.numel() < SMALL else None
+    most = np.zeros(-(-rows * tokens // TOGETHER), np.int64)
     kernel: Any = _compress
     arguments = flat(states), tuple(states.shape), states.stride()[:3], flat(codes), flat(exceptions), places, most
-    on_all_threads(lambda first, step: kernel(*arguments, first, step), threads)
+    take_turns(lambda counter, _threads: kernel(*arguments, counter), threads)
     if most.max() > places:
         raise IncompressibleCache(
             f"This model's KV cache cannot be kept compressed: of a token's {heads * size} numbers {most.max()} are "
@@ -80,7 +81,7 @@ def expand(compressed: Compressed, out: torch.Tensor) -> None:
     kernel: Any = _expand
     arguments = (flat(codes), strides[0], flat(exceptions), strides[1], flat(out), tuple(out.shape))
     threads = 1 if out.numel() < SMALL else None
-    on_all_threads(lambda first, step: kernel(*arguments, first, step), threads)
+    take_turns(lambda counter, _threads: kernel(*arguments, counter), threads)
 
 
 def every(kind: Any, value: int) -> Any:
@@ -177,42 +178,65 @@ def joined(rest: Any, exponent: Any) -> Any:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _compress(
-    numbers: Any, shape: Any, steps: Any, codes: Any, exceptions: Any, places: int, most: Any, first: int, step: int
+    numbers: Any, shape: Any, steps: Any, codes: Any, exceptions: Any, places: int, most: Any, counter: Any
 ) -> None:
-    """Every `step`-th token from `first` on, all heads of it; the most exceptions that one has."""
+    """`TOGETHER` tokens that no other thread takes, again and again, and the most exceptions that one of them has."""
     rows, heads, tokens, size = shape
-    for token in range(first, rows * tokens, step):
-        row, column = token // tokens, token % tokens
-        listing, listed = token * (1 + LISTED_BYTES * places), 0
-        for head in range(heads):
-            at = row * steps[0] + head * steps[1] + column * steps[2]
-            to = ((row * heads + head) * tokens + column) * (size + size // 2 + 1)
-            lowest, highest = extreme_exponents(numbers, at)
-            for block in range(BLOCK, size, BLOCK):
-                less, more = extreme_exponents(numbers, at + block)
-                lowest, highest = min(lowest, less), max(highest, more)
-            for block in range(0, size, BLOCK):
-                compress_block(numbers, at + block, highest, codes, to + block, to + size + block // 2)
-            codes[to + size + size // 2] = highest
-            if highest - lowest >= LISTED_CODE:
-                for index in range(size):
-                    exponent = (numbers[at + index] >> 7) & 0xFF
-                    if highest - exponent >= LISTED_CODE:
-                        if listed < places:
-                            place = listing + 1 + LISTED_BYTES * listed
-                            exceptions[place], exceptions[place + 1], exceptions[place + 2] = head, index, exponent
-                        listed += 1
-        exceptions[listing] = min(listed, places)
-        most[first] = max(most[first], listed)
+    piece = take(counter)
+    while piece * TOGETHER < rows * tokens:
+        for token in range(piece * TOGETHER, min((piece + 1) * TOGETHER, rows * tokens)):
+            row, column = token // tokens, token % tokens
+            at = row * steps[0] + column * steps[2]
+            to = (row * heads * tokens + column) * (size + size // 2 + 1)
+            token_steps = steps[1], tokens * (size + size // 2 + 1)
+            listing = token * (1 + LISTED_BYTES * places)
+            listed = _compress_token(numbers, at, token_steps, heads, size, codes, to, exceptions, listing, places)
+            most[piece] = max(most[piece], listed)
+        piece = take(counter)
+
+
+@njit(nogil=True, inline="always")
+def _compress_token(
+    numbers: Any,
+    at: int,
+    steps: Any,
+    heads: int,
+    size: int,
+    codes: Any,
+    to: int,
+    exceptions: Any,
+    listing: int,
+    places: int,
+) -> Any:
+    """All heads of a token, `steps` from each other in its numbers and in its codes; how many exceptions it has."""
+    listed = 0
+    for head in range(heads):
+        lowest, highest = extreme_exponents(numbers, at)
+        for block in range(BLOCK, size, BLOCK):
+            less, more = extreme_exponents(numbers, at + block)
+            lowest, highest = min(lowest, less), max(highest, more)
+        for block in range(0, size, BLOCK):
+            compress_block(numbers, at + block, highest, codes, to + block, to + size + block // 2)
+        codes[to + size + size // 2] = highest
+        if highest - lowest >= LISTED_CODE:
+            for index in range(size):
+                exponent = (numbers[at + index] >> 7) & 0xFF
+                if highest - exponent >= LISTED_CODE:
+                    if listed < places:
+                        place = listing + 1 + LISTED_BYTES * listed
+                        exceptions[place], exceptions[place + 1], exceptions[place + 2] = head, index, exponent
+                    listed += 1
+        at, to = at + steps[0], to + steps[1]
+    exceptions[listing] = min(listed, places)
+    return listed
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _expand(
-    codes: Any, steps: Any, exceptions: Any, exception_steps: Any, out: Any, shape: Any, first: int, step: int
-) -> None:
-    """Every `step`-th pair of a row and a head, from `first` on."""
+def _expand(codes: Any, steps: Any, exceptions: Any, exception_steps: Any, out: Any, shape: Any, counter: Any) -> None:
+    """Pairs of a row and a head that no other thread takes."""
     rows, heads, tokens, size = shape
-    for pair in range(first, rows * heads, step):
+    pair = take(counter)
+    while pair < rows * heads:
         row, head = pair // heads, pair % heads
         for column in range(tokens):
             at = row * steps[0] + head * steps[1] + column * steps[2]
@@ -226,3 +250,4 @@ def _expand(
                 index = exceptions[place + 1]
                 if exceptions[place] == head and index < size:  # a column that nobody wrote may hold anything
                     out[to + index] = joined(codes[at + index], exceptions[place + 2])
+        pair = take(counter)

@@ -16,7 +16,7 @@ from numba import njit
 from flexbatch.kernels.flat_memory import flat
 from flexbatch.kernels.floats import ARITHMETIC, LOWEST, widened
 from flexbatch.kernels.row_softmax import room, weigh
-from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.threads import take, take_turns
 from flexbatch.kernels.vectors import prefetch
 
 UNSEEN = -1e30  # a score with this added is none
@@ -56,8 +56,9 @@ def for_all_pairs(
     mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `kernel(query, *sources, added, scale, output, weight, first, step)` makes of all pairs of a row and a head:
-    attention of `query` to so many `columns` of keys and values, with its log-sum-exp, as `decode_attention` has it."""
+    """What `kernel(query, *sources, added, scale, output, weight, counter, threads)` makes of all pairs of a row and a
+    head: attention of `query` to so many `columns` of keys and values, with its log-sum-exp, as `decode_attention` has
+    it."""
     rows, heads, queries, size = query.shape
     output, weight = torch.empty(rows, heads, queries, value_size), torch.empty(rows, heads, queries)
     arguments = (
@@ -69,7 +70,7 @@ def for_all_pairs(
         weight.numpy(),
     )
     threads = 1 if rows * heads * columns * size < SMALL else None
-    on_all_threads(lambda first, step: kernel(*arguments, first, step), threads)
+    take_turns(lambda counter, count: kernel(*arguments, counter, count), threads)
     return output.to(query.dtype), weight
 
 
@@ -94,17 +95,18 @@ def _attend(
     scale: Any,
     output: Any,
     weight: Any,
-    first: int,
-    step: int,
+    counter: Any,
+    threads: int,
 ) -> None:
-    """Every `step`-th pair of a row and a head, from `first` on."""
+    """Pairs of a row and a head that no other of the `threads` takes."""
     rows, heads, queries, size = query.shape
     columns, value_size = added.shape[1], output.shape[3]
     scores = room(columns)
     sums = np.empty(value_size, np.float32)
-    for pair in range(first, rows * heads, step):
+    pair = take(counter)
+    while pair < rows * heads:
         row, head = pair // heads, pair % heads
-        next_row, next_head = (pair + step) // heads, (pair + step) % heads
+        next_row, next_head = (pair + threads) // heads, (pair + threads) % heads
         start = 0
         while start < columns and added[row, start] <= UNSEEN:
             start += 1
@@ -137,3 +139,4 @@ def _attend(
             for index in range(value_size):
                 output[row, head, number, index] = sums[index] / total if start < columns else np.float32(0)
             weight[row, head, number] = highest + np.log(total) if start < columns else np.float32(LOWEST)
+        pair = take(counter)

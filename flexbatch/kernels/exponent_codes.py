@@ -28,7 +28,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from flexbatch.kernels.flat_memory import bits
-from flexbatch.kernels.threads import new_counter, on_all_threads, take
+from flexbatch.kernels.threads import new_counter, on_all_threads, take, take_turns
 from flexbatch.kernels.vectors import memory_of, number, prefetch, put, repeated
 
 CHUNK = 1 << 16
@@ -82,11 +82,11 @@ def expand(expansions: Sequence[Expansion]) -> None:
     """All of them, in turn; threads take the next chunk as they are free."""
     work = [(new_counter(), each.records.numpy(), each.exceptions, bits(each.out)) for each in expansions]
 
-    def share(_first: int, _step: int) -> None:
+    def share(_counter: Any, _threads: int) -> None:
         for each in work:
             _expand(*each)
 
-    on_all_threads(share)
+    take_turns(share)
 
 
 @njit(nogil=True)

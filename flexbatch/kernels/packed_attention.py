@@ -26,6 +26,7 @@ from flexbatch.kernels.packed_numbers import (
     widen_all,
 )
 from flexbatch.kernels.row_softmax import room, weigh
+from flexbatch.kernels.threads import take
 from flexbatch.kernels.vectors import WIDTH, add, fill, fused, load, multiply, prefetch, repeat, store, total
 
 LINE = 64
@@ -85,20 +86,21 @@ def _states(packed: Packed) -> States:
 
 @njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")
 def _attend(
-    query: Any, keys: Any, values: Any, added: Any, scale: Any, output: Any, weight: Any, first: int, step: int
+    query: Any, keys: Any, values: Any, added: Any, scale: Any, output: Any, weight: Any, counter: Any, threads: int
 ) -> None:
-    """Every `step`-th pair of a row and a head, from `first` on."""
+    """Pairs of a row and a head that no other of the `threads` takes."""
     rows, heads, queries, size = query.shape
     columns = added.shape[1]
     scores, sums = room(columns), np.empty(output.shape[3], np.float32)
     key_room, value_room = _parameter_room(columns, size), _parameter_room(columns, output.shape[3])
-    for pair in range(first, rows * heads, step):
+    pair = take(counter)
+    while pair < rows * heads:
         row, head = pair // heads, pair % heads
         start = 0
         while start < columns and added[row, start] <= UNSEEN:
             start += 1
         own_keys, own_values = _head(keys, row, head, key_room), _head(values, row, head, value_room)
-        following = _place(keys, (pair + step) // heads, (pair + step) % heads)
+        following = _place(keys, (pair + threads) // heads, (pair + threads) % heads)
         for number in range(queries):
             told = output[row, head, number]
             highest = _score(query[row, head, number], own_keys, own_values, scale, added[row], start, scores)
@@ -110,6 +112,7 @@ def _attend(
             for index in range(len(sums)):
                 told[index] = sums[index] / all_shares if start < columns else np.float32(0)
             weight[row, head, number] = highest + np.log(all_shares) if start < columns else np.float32(LOWEST)
+        pair = take(counter)
 
 
 @njit(nogil=True, inline="always")

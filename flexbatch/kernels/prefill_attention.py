@@ -32,7 +32,7 @@ from flexbatch.kernels.online_softmax import (
 )
 from flexbatch.kernels.result_memory import result
 from flexbatch.kernels.small_products import COLUMNS
-from flexbatch.kernels.threads import on_all_threads
+from flexbatch.kernels.threads import take, take_turns
 from flexbatch.kernels.vectors import WIDTH, multiplies_pairs
 
 SMALL = 1 << 22  # products of two numbers; with fewer a second thread costs more than it brings
@@ -94,7 +94,7 @@ def prefill_attention(
         *(flat(output), output.stride()[:3], weight.numpy()),
         small_products.MARK,
     )
-    on_all_threads(lambda first, step: _attend(*arguments, first, step), threads)
+    take_turns(lambda counter, _threads: _attend(*arguments, counter), threads)
     return output, weight
 
 
@@ -127,17 +127,17 @@ def _attend(
     output_strides: Any,
     weight: Any,
     _mark: Any,
-    first: int,
-    step: int,
+    counter: Any,
 ) -> None:
-    """Every `step`-th piece of work from `first` on."""
+    """Pieces of work that no other thread takes."""
     rows, kv_heads, group, tokens, size, value_size = shape
     row_pieces, head_pieces = division
     shared_keys, shared_values = _room(shared.columns, size, value_size)
     own_keys, own_values = _room(own.columns, size, value_size)
     tile = new_tile(size, value_size)
     small_products.begin()
-    for piece in range(first, kv_heads * row_pieces * head_pieces, step):
+    piece = take(counter)
+    while piece < kv_heads * row_pieces * head_pieces:
         kv_head, row_piece = piece % kv_heads, piece // kv_heads % row_pieces
         heads = _share(group, piece // kv_heads // row_pieces, head_pieces)
         _gather(shared, 0, kv_head, 0, size, value_size, shared_keys, shared_values)
@@ -160,6 +160,7 @@ def _attend(
                     unseen = 0 if shared.columns else max(0, -newest)
                     here = weight[row, head, token : token + count]
                     answer(tile, unseen, count, output, at, output_strides[2], value_size, here)
+        piece = take(counter)
     small_products.end()
 
 

@@ -1,7 +1,7 @@
 """Kernels on all of torch's threads, without Python's lock.
 
 Each takes every n-th piece of the work, or, where pieces are many and other threads may be in the way, the next one
-that nobody has taken.
+that nobody has taken. Then none waits for a thread that wakes up late: what is left for it is nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,19 @@ def on_all_threads(work: Callable[[int, int], None], threads: int | None = None)
 def share_out(kernel: Any, *arguments: Any, operations: int) -> None:
     """Calls `kernel(counter, *arguments)` on each of torch's threads, which `take` pieces from the same counter; on
     this one alone where there are so few `operations` that waking others would take longer."""
-    counter, threads = new_counter(), 1 if operations < WAKING else None
-    on_all_threads(lambda _first, _step: kernel(counter, *arguments), threads)
+    take_turns(lambda counter, _threads: kernel(counter, *arguments), 1 if operations < WAKING else None)
+
+
+def take_turns(work: Callable[[Any, int], None], threads: int | None = None) -> None:
+    """Calls `work(counter, threads)` on each of `threads` (torch's own number), which `take` pieces from the same
+    counter until there are none, and waits; errors come here. One that has not begun when all is taken never does."""
+    threads = threads or torch.get_num_threads()
+    counter = new_counter()
+    others = [_pool(threads).submit(work, counter, threads) for _ in range(1, threads)]
+    work(counter, threads)
+    for other in others:
+        if not other.cancel():
+            other.result()
 
 
 @cache
