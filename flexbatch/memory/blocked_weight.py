@@ -54,11 +54,11 @@ class BlockedForm:
                 sizes,
                 strides,
                 ctypes.c_int64(0),
-                ctypes.c_int32(_type_number(self.dtype)),
-                ctypes.c_int32(_torch().aoti_torch_device_type_cpu()),
+                ctypes.c_int32(_constant(f"dtype_{str(self.dtype).removeprefix('torch.')}")),
+                ctypes.c_int32(_constant("device_type_cpu")),
                 ctypes.c_int32(0),
                 ctypes.byref(handle),
-                ctypes.c_int32(_torch().aoti_torch_layout__mkldnn()),
+                ctypes.c_int32(_constant("layout__mkldnn")),
                 self.descriptor,
                 ctypes.c_int64(len(self.descriptor)),
             )
@@ -208,13 +208,16 @@ def _zeros() -> torch.Tensor:
 
 
 @lru_cache(maxsize=1)
-def _torch() -> ctypes.CDLL:
-    """The library that has torch's C interface."""
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+def _torch() -> ctypes.PyDLL:
+    """The library that has torch's C interface. What is called there takes a microsecond: Python's lock is kept, which
+    reading threads would take meanwhile, and a matrix wait for it five times."""
+    return ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _type_number(dtype: torch.dtype) -> int:
-    number: int = getattr(_torch(), f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")()
+@lru_cache(maxsize=8)
+def _constant(name: str) -> int:
+    """What torch's C interface calls a type, a device or a layout."""
+    number: int = getattr(_torch(), f"aoti_torch_{name}")()
     return number
 
 

@@ -151,7 +151,7 @@ class WeightStream:
         event = torch.cuda.current_stream(self._ring.device).record_event() if self._ring.is_cuda else None
         with self._lock:
             self._schedule.release(name, event)
-            self._work.notify_all()
+            self._work.notify()
 
     def statistics(self) -> StreamStatistics:
         with self._lock:
@@ -243,7 +243,7 @@ class WeightStream:
             while not self._closed and self._error is None:
                 if not self._tasks and (opened := self._schedule.open_region()):
                     self._tasks.extend(opened)
-                    self._work.notify_all()
+                    self._work.notify(len(opened) - 1)
                 if self._tasks:
                     self._active += 1
                     return self._tasks.popleft()
