@@ -6,14 +6,15 @@ that holds more than a few parameters (token embedding, position table, output h
 which is what lets many micro-batches walk through the model side by side.
 
 Of a large layer every linear module is a stop of its own, and every expert, so that no more than two of them are in
-memory at a time where two layers would be: room for more of the KV cache.
+memory at a time where two layers would be: room for more of the KV cache. Small ones of one module, such as its
+attention, are one stop.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +204,32 @@ def _is_divisible(layer: nn.Module) -> bool:
 
 
 def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layer's experts, and its linear modules outside them but routers."""
+    """The layer's experts, and its linear modules outside them but routers; all linear modules of another one together
+    (its attention) where they take no more room than the largest part by itself, because each stop costs."""
+    single, joined = dict(_single_parts(layer)), set[str]()
+    most = max((_matrix_parameters(module) for module in single.values()), default=0)
+    for path, module in single.items():
+        parent = path.rpartition(".")[0]
+        if parent and _is_made_of(around := layer.get_submodule(parent), single) and _matrix_parameters(around) <= most:
+            if parent not in joined:
+                joined.add(parent)
+                yield parent, around
+        else:
+            yield path, module
+
+
+def _is_made_of(module: nn.Module, parts: Mapping[str, nn.Module]) -> bool:
+    """Whether all matrices of the module are those of linear modules among the parts that are its own."""
+    own = {id(child.weight) for child in module.children() if type(child) is nn.Linear and child in parts.values()}
+    return own == {id(value) for value in module.parameters() if value.ndim >= 2}
+
+
+def _matrix_parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters() if value.ndim >= 2)
+
+
+def _single_parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The same one by one."""
     kept, inside = routers(layer), ""
     for path, module in layer.named_modules():
         if inside and path.startswith(inside):

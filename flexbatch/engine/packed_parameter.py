@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,17 +25,16 @@ from flexbatch.memory.quantization import QuantizedLayout, QuantizedTensor, dequ
 
 @dataclass
 class Scratch:
-    """Buffers for expanded weights: one for the first matrices of all stops, one for their second ones, and so on, of
-    `sizes` numbers."""
+    """Room for one stop's expanded weights, of so many `numbers`; there is one for all stops."""
 
-    sizes: Mapping[int, int]
-    buffers: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    numbers: int = 0
+    rooms: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
 
-    def get(self, order: int, shape: tuple[int, ...], place: Place) -> torch.Tensor:
-        key = (order, place.dtype)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty(self.sizes[order], dtype=place.dtype, device=place.device)
-        return self.buffers[key][: math.prod(shape)].view(shape)
+    def get(self, first: int, shape: tuple[int, ...], place: Place) -> torch.Tensor:
+        """A matrix's place in it, `first` numbers from its beginning."""
+        if place.dtype not in self.rooms:
+            self.rooms[place.dtype] = torch.empty(self.numbers, dtype=place.dtype, device=place.device)
+        return self.rooms[place.dtype][first : first + math.prod(shape)].view(shape)
 
 
 @dataclass
@@ -65,17 +63,17 @@ class PackedSource(ParameterSource):
 
 @dataclass
 class QuantizedSource(PackedSource):
-    """A weight in groups of 4 or 8 bits that is expanded to be used: the matrix number `order` of its stop."""
+    """A weight in groups of 4 or 8 bits that is expanded to be used, with `first` numbers of its stop's before it."""
 
-    order: int = 0
-    scratch: Scratch = field(default_factory=lambda: Scratch({}))
+    first: int = 0
+    scratch: Scratch = field(default_factory=Scratch)
 
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
         layout = self.packed.layout
         assert isinstance(layout, QuantizedLayout)
         values, scale, minimum = (tensors[self.packed.parts[part].name] for part in ("q", "scale", "minimum"))
-        out = self.scratch.get(self.order, layout.shape, place)
+        out = self.scratch.get(self.first, layout.shape, place)
         place.module._parameters[place.name] = parameter(
             dequantize(QuantizedTensor(values, scale, minimum, layout), out)
         )
@@ -97,11 +95,11 @@ class Expanded(Scratch):
 
 @dataclass
 class CompressedSource(PackedSource):
-    """A weight that is expanded to be used, with nothing lost, or within the product, where that can be: the matrix
-    number `order` of its stop."""
+    """A weight that is expanded to be used, with nothing lost, or within the product, where that can be; `first`
+    numbers of its stop's are before it."""
 
-    order: int = 0
-    scratch: Expanded = field(default_factory=lambda: Expanded({}))
+    first: int = 0
+    scratch: Expanded = field(default_factory=Expanded)
 
     def bind(self, place: Place, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:  # noqa: ARG002
         assert self.packed is not None
@@ -112,9 +110,9 @@ class CompressedSource(PackedSource):
             vars(place.module)["compressed"] = CompressedWeight(records, layout.exceptions, layout.shape[0])
             place.module._parameters[place.name] = parameter(records)
             return
-        out = self.scratch.get(self.order, (layout.room,), place)
+        out = self.scratch.get(self.first, (layout.room,), place)
         self.scratch.waiting.append(layout.expansion(records, out))
-        key = (self.order, layout)
+        key = (self.first, layout)
         if key not in self.scratch.weights:
             self.scratch.weights[key] = parameter(layout.weight(out))
         place.module._parameters[place.name] = self.scratch.weights[key]

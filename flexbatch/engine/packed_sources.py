@@ -9,6 +9,7 @@ expanded like packed ones.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,11 +49,14 @@ def pack_sources(
 ) -> dict[str, ParameterSource]:
     """`sources` with the decoder layers' matrices packed; makes the packed file if it is not there yet."""
     made, chosen = dict(sources), _choose(stepped, sources, form)
-    scratch = Scratch(_largest((each.order, math.prod(each.stored.shape)) for each in chosen))
+    firsts, numbers = _places((each, math.prod(each.stored.shape)) for each in chosen)
+    scratch = Scratch(numbers)
     for each, packed in _opened(sources, chosen, cache_folder, on_progress):
         entries = list(packed.parts.values())
         if isinstance(packed.layout, QuantizedLayout):
-            made[each.name] = QuantizedSource(each.name, entries, packed=packed, order=each.order, scratch=scratch)
+            made[each.name] = QuantizedSource(
+                each.name, entries, packed=packed, first=firsts[each.name], scratch=scratch
+            )
         else:
             made[each.name] = PackedSource(each.name, entries, packed=packed)
             multiply_integers(each.module)
@@ -101,11 +105,13 @@ def compress_sources(
     smaller = [replace(each, layout=layouts[each.stored.name]) for each in chosen if each.stored.name in layouts]
     if not smaller:
         return dict(sources)
-    scratch = Expanded(_largest((each.order, layouts[each.stored.name].room) for each in smaller))
+    firsts, numbers = _places((each, layouts[each.stored.name].room) for each in smaller)
+    scratch = Expanded(numbers)
     made = dict(sources)
     for each, packed in _opened(sources, smaller, cache_folder, progress.second):
         entries = list(packed.parts.values())
-        made[each.name] = CompressedSource(each.name, entries, packed=packed, order=each.order, scratch=scratch)
+        first = firsts[each.name]
+        made[each.name] = CompressedSource(each.name, entries, packed=packed, first=first, scratch=scratch)
     return made
 
 
@@ -124,20 +130,12 @@ class _Readings:
         self._tell(self._read + done, self._read + total)
 
 
-def _largest(sizes: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """The largest size of each order."""
-    largest: dict[int, int] = {}
-    for order, size in sizes:
-        largest[order] = max(largest.get(order, 0), size)
-    return largest
-
-
 @dataclass(frozen=True)
 class _Chosen:
-    """A parameter to pack: its name, its number among its stop's, the stored tensor, its module, and how."""
+    """A parameter to pack: its name, its stop's, the stored tensor, its module, and how."""
 
     name: str
-    order: int
+    stop: str
     stored: TensorEntry
     module: nn.Module
     layout: Layout
@@ -145,11 +143,20 @@ class _Chosen:
 
 def _choose(stepped: SteppedModel, sources: Mapping[str, ParameterSource], form: Form) -> list[_Chosen]:
     chosen = []
-    for name, order, module in _matrices(stepped):
+    for name, stop, module in _matrices(stepped):
         source = sources[name]
         if source.converter is None and (layout := form(source.entries[0], module)) is not None:
-            chosen.append(_Chosen(name, order, source.entries[0], module, layout))
+            chosen.append(_Chosen(name, stop, source.entries[0], module, layout))
     return chosen
+
+
+def _places(sizes: Iterable[tuple[_Chosen, int]]) -> tuple[dict[str, int], int]:
+    """Where each parameter of so many numbers begins in a room for those of one stop, and how many that has."""
+    firsts, filled = dict[str, int](), Counter[str]()
+    for each, size in sizes:
+        firsts[each.name] = filled[each.stop]
+        filled[each.stop] += size
+    return firsts, max(filled.values(), default=0)
 
 
 def _opened(
@@ -182,19 +189,18 @@ def multiply_integers(module: nn.Module) -> None:
     module.forward = forward
 
 
-def _matrices(stepped: SteppedModel) -> list[tuple[str, int, nn.Module]]:
-    """Name, number among its stop's, and module of every matrix of the decoder layers but routers'."""
+def _matrices(stepped: SteppedModel) -> list[tuple[str, str, nn.Module]]:
+    """Name, stop and module of every matrix of the decoder layers but routers'."""
     found = []
     for layer in range(stepped.num_layers):
         whole = routers(stepped.layer(layer))
         for stop in stepped.parts(layer):
-            named = [
-                (f"{path}.{leaf}", module)
+            found += [
+                (f"{path}.{leaf}", stop.name, module)
                 for path, module in stop.module.named_modules(prefix=stop.name)
                 for leaf, value in module.named_parameters(recurse=False)
                 if value.dim() >= 2 and module not in whole
             ]
-            found += [(name, order, module) for order, (name, module) in enumerate(named)]
     return found
 
 

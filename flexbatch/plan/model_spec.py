@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 # Group-wise quantisation: `QUANTIZATION_GROUP` weights share one scale and one minimum of two bytes each.
@@ -257,10 +256,9 @@ class ModelSpec:
 
     @cached_property
     def expanded_parameters(self) -> int:
-        """Numbers of the matrices that are expanded at a time: of all parts of all layers the largest at each place."""
-        kinds = set(self.layers)
-        parts = {tuple(numbers for numbers, is_matrix in part if is_matrix) for kind in kinds for part in kind.parts}
-        return sum(map(max, zip_longest(*parts, fillvalue=0)))
+        """Numbers of the matrices that are expanded at a time: those of the largest part of a layer."""
+        parts = {part for kind in set(self.layers) for part in kind.parts}
+        return max(sum(numbers for numbers, is_matrix in part if is_matrix) for part in parts)
 
     @cached_property
     def head_sizes(self) -> frozenset[tuple[int, int]]:

@@ -97,9 +97,8 @@ def weight_needs(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> 
 
 
 def expanded_bytes(spec: ModelSpec, hardware: HardwareProfile, policy: Policy) -> int:
-    """What of a layer is in the compute type at a time, where it is kept in another: one room for the matrices that the
-    layer's parts have at the same place, or all of it, where it is converted on its way; nothing where products expand
-    what they multiply."""
+    """What of a layer is in the compute type at a time, where it is kept in another: the matrices of its largest part,
+    or all of it, where it is converted on its way; nothing where products expand what they multiply."""
     form = weight_form(policy)
     if form == INTEGERS or (form == 16 and spec.stored_dtype == spec.compute_dtype):
         return 0

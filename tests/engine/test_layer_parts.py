@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,18 @@ def test_the_stream_finds_the_order_of_use_once_for_all_layers(tmp_path: Path) -
         *(".fc1", ".fc2"),
     ]
     assert len(opened) <= 3
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"), [("opt-iml", ["self_attn", "fc1", "fc2"]), ("gptj", ["attn", "mlp.fc_in", "mlp.fc_out"])]
+)
+def test_an_attention_no_larger_than_the_largest_matrix_goes_by_as_one(family: str, parts: list[str]) -> None:
+    config = loaded(family).config
+    stepped, spec = building.build(config, torch.float32), spec_from_config(config)
+    layer = next(stop.name for stop in stepped.stops if stop.layer == 1)
+    assert [stop.name for stop in stepped.parts(1)] == [f"{layer}.{part}" for part in parts]
+    largest = max(value.numel() for value in stepped.layer(1).parameters())
+    assert spec.expanded_parameters == largest
 
 
 def test_the_plan_counts_one_matrix_where_it_counted_a_layer() -> None:
