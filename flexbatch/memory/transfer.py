@@ -243,7 +243,7 @@ class WeightStream:
             while not self._closed and self._error is None:
                 if not self._tasks and (opened := self._schedule.open_region()):
                     self._tasks.extend(opened)
-                    self._work.notify(len(opened) - 1)
+                    self._work.notify(len(opened))  # for the rest of it, and to see whether there is room for more
                 if self._tasks:
                     self._active += 1
                     return self._tasks.popleft()
