@@ -91,6 +91,34 @@ def test_every_tensor_equals_its_source_in_every_pass(
         reader.close()
 
 
+class _MeetingReader(BufferedReader):
+    """Each of the first two small reads waits for the other."""
+
+    def __init__(self, small: int) -> None:
+        super().__init__()
+        self._small, self._meeting, self._before = small, threading.Barrier(2), itertools.count()
+
+    def read(self, file: Path, offset: int, nbytes: int, buffer: AlignedBuffer, buffer_offset: int) -> int:
+        if nbytes <= self._small and next(self._before) < 2:
+            self._meeting.wait(timeout=20)
+        return super().read(file, offset, nbytes, buffer, buffer_offset)
+
+
+def test_small_units_that_a_large_one_makes_room_for_are_read_at_the_same_time(tmp_path: Path) -> None:
+    sizes = {"large": 400_000, "small0": 50_000, "small1": 50_000, "small2": 50_000}
+    save_file({name: torch.ones(size, dtype=torch.uint8) for name, size in sizes.items()}, tmp_path / "a.safetensors")
+    entries = SafetensorsIndex.open(tmp_path).entries
+    units = [StreamUnit(name, (StreamTensor(name, entries[name]),)) for name in sizes]
+    budget = WeightStream.required_bytes(units, CPU)
+    stream = WeightStream(units, reader=_MeetingReader(50_000), budget_bytes=budget, device=CPU, threads=3)
+    try:
+        for unit in units:
+            assert stream.acquire(unit.name)[unit.name].sum() == sizes[unit.name]
+            stream.release(unit.name)
+    finally:
+        stream.close()
+
+
 @settings(max_examples=15, deadline=None)
 @given(depth=st.integers(1, 4), spare=st.integers(0, 300_000), backwards=st.booleans())
 def test_memory_that_is_held_is_never_written_to(
