@@ -195,41 +195,15 @@ def _stops(model: PreTrainedModel, layers: nn.ModuleList, *, divides: bool) -> I
 def _is_divisible(layer: nn.Module) -> bool:
     """Whether the layer is large, and one call of each of its parts is all that happens to its matrices, but for small
     routers' (other lists of modules are experts too, of which a token meets some)."""
-    matrices = [value for value in layer.parameters() if value.ndim >= 2]
-    known = [*(part for _, part in _parts(layer)), *routers(layer)]
+    known = [*(part for _, part in _single_parts(layer)), *routers(layer)]
     covered = {id(value) for module in known for value in module.parameters()}
     lists = any(isinstance(module, nn.ModuleList) and type(module) is not Experts for module in layer.modules())
-    large = sum(value.numel() for value in matrices) >= LARGE_LAYER_PARAMETERS
-    return large and covered.issuperset(map(id, matrices)) and not lists
-
-
-def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layer's experts, and its linear modules outside them but routers; all linear modules of another one together
-    (its attention) where they take no more room than the largest part by itself, because each stop costs."""
-    single, joined = dict(_single_parts(layer)), set[str]()
-    most = max((_matrix_parameters(module) for module in single.values()), default=0)
-    for path, module in single.items():
-        parent = path.rpartition(".")[0]
-        if parent and _is_made_of(around := layer.get_submodule(parent), single) and _matrix_parameters(around) <= most:
-            if parent not in joined:
-                joined.add(parent)
-                yield parent, around
-        else:
-            yield path, module
-
-
-def _is_made_of(module: nn.Module, parts: Mapping[str, nn.Module]) -> bool:
-    """Whether all matrices of the module are those of linear modules among the parts that are its own."""
-    own = {id(child.weight) for child in module.children() if type(child) is nn.Linear and child in parts.values()}
-    return own == {id(value) for value in module.parameters() if value.ndim >= 2}
-
-
-def _matrix_parameters(module: nn.Module) -> int:
-    return sum(value.numel() for value in module.parameters() if value.ndim >= 2)
+    large = matrix_parameters(layer) >= LARGE_LAYER_PARAMETERS
+    return large and covered.issuperset(map(id, _matrices(layer))) and not lists
 
 
 def _single_parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The same one by one."""
+    """The layer's experts, and its linear modules outside them but routers, one by one."""
     kept, inside = routers(layer), ""
     for path, module in layer.named_modules():
         if inside and path.startswith(inside):
@@ -237,6 +211,35 @@ def _single_parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if type(module) is Expert or (type(module) is nn.Linear and module not in kept):
             inside = path + "."
             yield path, module
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The same, but all linear modules of another one together (its attention) where they take no more room than the
+    largest part by itself, because each stop costs."""
+    single = dict(_single_parts(layer))
+    parents = {path: path.rpartition(".")[0] for path in single}
+    most = max(map(matrix_parameters, single.values()), default=0)
+    joined = {parent for parent in set(parents.values()) if parent and _goes_by_as_one(layer, parent, single, most)}
+    for path in dict.fromkeys(parent if parent in joined else path for path, parent in parents.items()):
+        yield path, layer.get_submodule(path)
+
+
+def _goes_by_as_one(layer: nn.Module, path: str, parts: Mapping[str, nn.Module], most: int) -> bool:
+    """Whether all matrices of a module within the layer are those of its own linear modules among the parts, of no more
+    than so many parameters."""
+    module = layer.get_submodule(path)
+    linear = (part for name, part in parts.items() if name.rpartition(".")[0] == path and type(part) is nn.Linear)
+    own = {id(part.weight) for part in linear}
+    return own == {id(value) for value in _matrices(module)} and matrix_parameters(module) <= most
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [value for value in module.parameters() if value.ndim >= 2]
+
+
+def matrix_parameters(module: nn.Module) -> int:
+    """Numbers of all of the module's matrices."""
+    return sum(value.numel() for value in _matrices(module))
 
 
 def _paths_to(name: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from flexbatch.engine.experts import Expert, Experts, routers
-from flexbatch.engine.model import SteppedModel, build
+from flexbatch.engine.model import SteppedModel, build, matrix_parameters
 from flexbatch.errors import ModelError
 from flexbatch.plan.attention_shape import AttentionShape, attention_shape, positive_field
 from flexbatch.plan.model_spec import LayerSpec, Mixture, ModelSpec, OutsideSpec
@@ -91,7 +91,7 @@ def _name(dtype: torch.dtype) -> str:
 def _layer(stepped: SteppedModel, config: PreTrainedConfig, attention: AttentionShape, index: int) -> LayerSpec:
     layer = stepped.layer(index)
     mixture = _mixture(layer, config)
-    matrices = sum(each.numel() for each in layer.parameters() if each.ndim >= 2)
+    matrices = matrix_parameters(layer)
     whole = {id(router.weight) for router in routers(layer)}
     parts = [list(part.module.parameters()) for part in stepped.parts(index)]
     return LayerSpec(
