@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.errors import ConfigError, EngineError
-from flexbatch.memory.direct_io import PAGE, AlignedBuffer, BufferedReader, DirectReader, Reader, choose_reader
+from flexbatch.memory.direct_io import (
+    PAGE,
+    AlignedBuffer,
+    BufferedReader,
+    DirectReader,
+    Reader,
+    ReadMeasurement,
+    cheapest,
+    choose_reader,
+    fastest_rounds,
+)
 
 SIZE = 5 * PAGE + 123
 CONTENT = (
@@ -92,6 +103,28 @@ def test_the_reader_is_the_one_asked_for_or_measured(tmp_path: Path) -> None:
     assert all(measurement.bytes_read and measurement.bytes_per_second for measurement in measured.measurements)
     with pytest.raises(ConfigError, match=r"offload\.reader"):
         choose_reader([large], "fast")
+
+
+def measured(kind: str, gigabytes: float, nanoseconds: float) -> ReadMeasurement:
+    return ReadMeasurement(kind, gigabytes * 1e9, nanoseconds * 1e-9, 1)
+
+
+def test_a_pause_of_the_disk_in_one_round_does_not_decide_how_weights_are_read() -> None:
+    rounds = [
+        measured("direct", 0.4, 0.01),
+        measured("buffered", 1.3, 0.35),
+        measured("direct", 2.4, 0.01),
+        measured("buffered", 1.2, 0.35),
+    ]
+    assert [each.bytes_per_second for each in fastest_rounds(rounds)] == [2.4e9, 1.3e9]
+    assert cheapest(fastest_rounds(rounds)).kind == "direct"
+
+
+def test_a_reader_must_bring_more_than_the_processor_time_that_it_takes() -> None:
+    ways = measured("direct", 1.2, 0.01), measured("buffered", 1.3, 0.2 * (os.cpu_count() or 1))
+    assert cheapest(ways).kind == "direct"
+    ways = measured("direct", 0.3, 0.01), measured("buffered", 1.3, 0.2 * (os.cpu_count() or 1))
+    assert cheapest(ways).kind == "buffered"
 
 
 def test_files_too_small_to_measure_are_not_measured(file: Path) -> None:
