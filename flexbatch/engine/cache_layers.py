@@ -203,16 +203,36 @@ class ExtendLayer(_View):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> KeysAndValues:
-        end = self._start + key_states.shape[2] - 1
         self._store.prepare(key_states, value_states)
-        parts = self._store.pack(key_states, value_states)
-        return self._store.extend(self._slot, self._first, end, parts, key_states.device)
+        end = self._start + key_states.shape[2] - 1
+        return self._store.extend(self._slot, self._first, end, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._start - self._first + query_length, 0
 
     def get_seq_length(self) -> int:
         return self._start - self._first
+
+
+class MergingExtendLayer(ExtendLayer):  # type: ignore[no-untyped-call]
+    """The same where attention merges what the row has already with the new tokens, as a prefix: those need not be made
+    of what is kept of them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> KeysAndValues:
+        self._store.prepare(key_states, value_states)
+        end = self._start + key_states.shape[2] - 1
+        before = self._store.extend_behind(self._slot, self._first, end, key_states, value_states)
+        if before is None:
+            return key_states, value_states
+        return carry(key_states, [SharedKeys(*before, torch.zeros(1, dtype=torch.long))]), value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
 
 
 class PrefixLayer(_View):  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from flexbatch.engine.cache_layers import (
     DecodeLayer,
     ExtendLayer,
     MergingDecodeLayer,
+    MergingExtendLayer,
     MergingPrefillLayer,
     PrefillLayer,
     PrefixLayer,
@@ -253,9 +254,11 @@ class Caller:
         ids = torch.tensor([list(tokens)], device=self.device)
         start = end + 1 - ids.shape[1]
         first = start - before
-        mask = torch.ones(1, end + 1 - first, dtype=torch.long, device=self.device)
+        is_merged = self.stepped.merges_prefixes and self.arena.is_compressed
+        seen, kind = (ids.shape[1], MergingExtendLayer) if is_merged else (end + 1 - first, ExtendLayer)
+        mask = torch.ones(1, seen, dtype=torch.long, device=self.device)
         positions = torch.arange(before, before + ids.shape[1], device=self.device)[None]
-        layers = [ExtendLayer(layer, slot, first, start) for layer in self.arena.layers]
+        layers = [kind(layer, slot, first, start) for layer in self.arena.layers]
         return Piece(ids, positions, mask, False, layers, logits_to_keep, reader)
 
     def _padded(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -81,6 +81,11 @@ class KVArena:
         return all(layer.takes_guesses for layer in self.layers)
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether keys and values are packed, and come back as they were."""
+        return self.layers[0].is_compressed
+
+    @property
     def layout(self) -> SlotLayout:
         return SlotLayout(self.slots, self.span)
 

@@ -71,18 +71,16 @@ class DiskSlots:
         self._starts[slot] = columns.start
         self._store(slot, new, new[0].shape[1])
 
-    def write_part(self, slot: int, first: int, columns: slice, new: Parts) -> Parts:
-        """More tokens of a row that enters in parts, from column `first` on; returns all that it has so far, `[heads,
-        width, ...]`. A row that entered before is complete."""
+    def entering(self, slot: int, columns: slice) -> Parts:
+        """The place of all tokens that a row that enters in parts has so far, `[heads, columns, ...]`, the newest of
+        which come there now. A row that entered before is complete."""
         if self._entering is not None and self._entering != slot:
             self._put_entered(self._entering)
-        self._entering, self._starts[slot] = slot, first
-        self._entered_tokens = columns.stop - first
+        self._entering, self._starts[slot] = slot, columns.start
+        self._entered_tokens = columns.stop - columns.start
         self._blocks.resize(slot, self._blocks.largest.columns)
         self._newer.pop(slot, None)
-        for part, tokens in zip(self._entered(), new, strict=True):
-            part[:, columns.start - first : columns.stop - first] = tokens
-        return tuple(part[:, : columns.stop - first] for part in self._entered())
+        return tuple(part[:, : self._entered_tokens] for part in self._entered())
 
     def shift(self, by: Sequence[int]) -> None:
         """The columns of the first slots become ones so much further to the left (below 0: to the right)."""

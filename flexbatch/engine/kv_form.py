@@ -67,6 +67,10 @@ class KVForm(Protocol):
 
     def pack(self, states: torch.Tensor) -> Parts: ...
 
+    def pack_into(self, states: torch.Tensor, parts: Parts) -> None:
+        """Writes what `pack` gives to `parts`, where a token's numbers lie together."""
+        ...
+
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         """Writes the states to `out`, contiguous and of their shape, on any device."""
         ...
@@ -84,6 +88,9 @@ class PlainForm:
     def pack(self, states: torch.Tensor) -> Parts:
         return (states,)
 
+    def pack_into(self, states: torch.Tensor, parts: Parts) -> None:
+        parts[0].copy_(states)
+
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         out.copy_(parts[0])
 
@@ -99,13 +106,19 @@ class CompressedForm:
         return (heads, compressed_head_bytes(head_dim), torch.uint8), (1, listed, torch.uint8)
 
     def pack(self, states: torch.Tensor) -> Parts:
+        return compress(states, self._exceptions(states))
+
+    def pack_into(self, states: torch.Tensor, parts: Parts) -> None:
+        compress(states, self._exceptions(states), parts)
+
+    def _exceptions(self, states: torch.Tensor) -> int:
         _, heads, _, size = states.shape
         if states.dtype != torch.bfloat16 or not is_compressible(heads, (size, size)):
             raise IncompressibleCache(
                 f"A cache of {heads} heads of {size} numbers in {states.dtype} cannot be kept compressed.",
                 remedy="Set offload.compressed_cache=never.",
             )
-        return compress(states, compressed_exceptions(heads * size))
+        return compressed_exceptions(heads * size)
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         expand(parts, out)
@@ -127,6 +140,10 @@ class PackedForm:
     def pack(self, states: torch.Tensor) -> Parts:
         made = quantize(states, self.bits, kv_group_size(states.shape[-1]))
         return made.values, made.scale, made.minimum
+
+    def pack_into(self, states: torch.Tensor, parts: Parts) -> None:
+        for part, made in zip(parts, self.pack(states), strict=True):
+            part.copy_(made)
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         """Some rows at a time, so that what is moved and gathered of the parts stays small."""

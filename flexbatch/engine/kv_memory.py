@@ -111,10 +111,9 @@ class MemorySlots:
         for part, tokens in zip(self.parts, new, strict=True):
             part[slot, :, columns] = tokens
 
-    def write_part(self, slot: int, first: int, columns: slice, new: Parts) -> Parts:
-        """More tokens of a row that begins in column `first`; returns all that it has so far."""
-        self.write_prompt(slot, columns, new)
-        return tuple(part[slot, :, first : columns.stop] for part in self.parts)
+    def entering(self, slot: int, columns: slice) -> Parts:
+        """The place of all tokens that a row has so far, `[heads, columns, ...]`; the newest come there now."""
+        return tuple(part[slot, :, columns] for part in self.parts)
 
     def shift(self, by: Sequence[int]) -> None:
         """Moves all columns of the first slots to the left by so many (below 0: to the right), one slot after the other

@@ -134,7 +134,7 @@ class LayerStore:
             for (heads, _, size), dtype in layout.shapes
         )
         # Attention to a compressed cache does not read what it does not see.
-        is_cleared = not (self.attended is Attended.PACKED and self._forms[0].is_exact)
+        is_cleared = not (self.attended is Attended.PACKED and self.is_compressed)
         return DiskSlots(DiskBlocks(first, layout, file, list(range(count)), is_cleared), tails, self._traffic)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Parts:
@@ -165,7 +165,7 @@ class LayerStore:
     @property
     def takes_guesses(self) -> bool:
         """Whether rows may gain several tokens at a time: what attention reads answers more than one query a row."""
-        return self.attended is not Attended.PACKED or self._forms[0].is_exact
+        return self.attended is not Attended.PACKED or self.is_compressed
 
     def write_prompts(self, slots: Sequence[int], end: int, parts: Parts, lengths: Sequence[int]) -> None:
         """Packed prompts `[rows, heads, width, ...]`, of each the last so many tokens, into their slots, in the columns
@@ -226,15 +226,37 @@ class LayerStore:
             is_single = not self.takes_guesses
             yield PackedKeys(some.parts[:half], some.parts[half:], some.slots, some.before, self._attend, is_single)
 
-    def extend(self, slot: int, first: int, end: int, parts: Parts, device: torch.device) -> KeysAndValues:
-        """More packed tokens `[1, heads, width, ...]` of a row, in the columns up to and including `end`. Gives its
-        keys and values `[1, heads, columns, head_dim]` in columns `first` to `end`, on `device`."""
-        segment, columns = self._segment(slot), slice(end + 1 - parts[0].shape[2], end + 1)
-        held = segment.slots.write_part(slot - segment.first, first, columns, tuple(part[0] for part in parts))
-        seen = tuple(part[None] for part in held)
+    def extend(self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
+        """More tokens of a row, `[1, heads, width, head_dim]`, in the columns up to and including `end`. Gives its keys
+        and values in columns `first` to `end`, where the new ones are."""
+        return self._opened(self._write_part(slot, first, end, keys, values), keys.device)
+
+    def extend_behind(
+        self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> KeysAndValues | None:
+        """The same, of a compressed cache; gives those before the new ones, if there are any."""
+        held, width = self._write_part(slot, first, end, keys, values), end + 1 - first - keys.shape[2]
+        return self._opened(tuple(part[:, :, :width] for part in held), keys.device) if width else None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether keys and values are packed, and come back as they were."""
+        return self._forms[0].is_packed and self._forms[0].is_exact
+
+    def _write_part(self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> Parts:
+        """All that the row has then, as it is kept."""
+        segment = self._segment(slot)
+        held = tuple(part[None] for part in segment.slots.entering(slot - segment.first, slice(first, end + 1)))
+        new, half = tuple(part[:, :, -keys.shape[2] :] for part in held), len(held) // 2
+        self._forms[0].pack_into(keys, new[:half])
+        self._forms[1].pack_into(values, new[half:])
+        return held
+
+    def _opened(self, parts: Parts, device: torch.device) -> KeysAndValues:
+        """One row's keys and values that are kept so."""
         if self._is_packed:
-            return self._unpacked([(seen, slice(0, 1))], 1, slice(first, end + 1))
-        return seen[0].to(device), seen[1].to(device)
+            return self._unpacked([(parts, slice(0, 1))], 1, slice(0, parts[0].shape[2]))
+        return parts[0].to(device), parts[1].to(device)
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes to slot `target`, which is before it."""

@@ -38,7 +38,7 @@ BLOCK = 64
 LISTED_CODE = 15
 LISTED_BYTES = 3
 """Of an exception."""
-SMALL = 1 << 15  # numbers; with fewer a second thread costs more than it brings
+SMALL = 1 << 20  # numbers; with fewer, 0.16 ms on one thread, a second one costs more than it brings
 TOGETHER = 8  # tokens that a thread takes at a time
 HALF = BLOCK // 2
 BYTES, WORDS = (ir.VectorType(ir.IntType(size), HALF) for size in (8, 16))
@@ -52,18 +52,24 @@ def code_bytes(head_size: int) -> int:
     return head_size + head_size // 2 + 1
 
 
-def compress(states: torch.Tensor, places: int) -> Compressed:
-    """bfloat16 `[rows, heads, tokens, head_dim]`, head_dim a multiple of 64 up to 256, heads up to 256. Raises
-    IncompressibleCache where a token has more exceptions than `places`, up to 255."""
+def compress(states: torch.Tensor, places: int, into: Compressed | None = None) -> Compressed:
+    """bfloat16 `[rows, heads, tokens, head_dim]`, head_dim a multiple of 64 up to 256, heads up to 256. Written `into`
+    these codes and exceptions if given, which need not lie together but for a token's. Raises IncompressibleCache where
+    a token has more exceptions than `places`, up to 255."""
     assert states.dtype == torch.bfloat16
     states = states if states.stride(3) == 1 else states.contiguous()
     rows, heads, tokens, size = states.shape
-    codes = torch.empty(rows, heads, tokens, code_bytes(size), dtype=torch.uint8)
-    exceptions = torch.empty(rows, 1, tokens, 1 + LISTED_BYTES * places, dtype=torch.uint8)
+    if into is None:
+        codes = torch.empty(rows, heads, tokens, code_bytes(size), dtype=torch.uint8)
+        into = codes, torch.empty(rows, 1, tokens, 1 + LISTED_BYTES * places, dtype=torch.uint8)
+    codes, exceptions = into
     threads = 1 if states.numel() < SMALL else None
-    most = np.zeros(-(-rows * tokens // TOGETHER), np.int64)
+    most = np.zeros(rows * -(-tokens // TOGETHER), np.int64)
     kernel: Any = _compress
-    arguments = flat(states), tuple(states.shape), states.stride()[:3], flat(codes), flat(exceptions), places, most
+    arguments = (
+        *(flat(states), tuple(states.shape), states.stride()[:3], flat(codes), codes.stride()[:3]),
+        *(flat(exceptions), (exceptions.stride(0), exceptions.stride(2)), places, most),
+    )
     take_turns(lambda counter, _threads: kernel(*arguments, counter), threads)
     if most.max() > places:
         raise IncompressibleCache(
@@ -130,17 +136,14 @@ def _halves(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> list[
     return [number(builder, memory, place, WORDS, align=2) for place in places]
 
 
-def _extreme_exponents(_context: Any, numbers: Any, at: Any) -> Any:
+def _largest_exponent(_context: Any, numbers: Any, at: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one, two = (_exponents(builder, words) for words in _halves(context, builder, signature.args[0], *arguments))
-        found = []
-        for order, name in (("<", "umin"), (">", "umax")):
-            nearer = builder.select(builder.icmp_unsigned(order, one, two), one, two)
-            reduce = function(builder, f"llvm.vector.reduce.{name}.v{HALF}i16", ir.IntType(16), [WORDS])
-            found.append(builder.zext(builder.call(reduce, [nearer]), ir.IntType(64)))
-        return context.make_tuple(builder, signature.return_type, found)
+        larger = builder.select(builder.icmp_unsigned(">", one, two), one, two)
+        reduce = function(builder, f"llvm.vector.reduce.umax.v{HALF}i16", ir.IntType(16), [WORDS])
+        return builder.zext(builder.call(reduce, [larger]), ir.IntType(64))
 
-    return types.UniTuple(types.int64, 2)(numbers, at), generate  # type: ignore[no-untyped-call]
+    return types.int64(numbers, at), generate
 
 
 def _compress_words(_context: Any, numbers: Any, at: Any, highest: Any, codes: Any, rest_at: Any, code_at: Any) -> Any:
@@ -158,15 +161,18 @@ def _compress_words(_context: Any, numbers: Any, at: Any, highest: Any, codes: A
             put(builder, target, place, builder.trunc(rest, BYTES), align=1)
         both = builder.or_(packed[0], builder.shl(packed[1], every(WORDS, 4)))
         put(builder, target, arguments[5], builder.trunc(both, BYTES), align=1)
-        return context.get_dummy_value()
+        listed = [builder.icmp_unsigned("==", each, every(WORDS, LISTED_CODE)) for each in packed]
+        which = builder.bitcast(builder.or_(*listed), ir.IntType(HALF))
+        return builder.icmp_unsigned("!=", which, which.type(0))
 
-    return types.void(numbers, at, highest, codes, rest_at, code_at), generate
+    return types.boolean(numbers, at, highest, codes, rest_at, code_at), generate
 
 
 expand_block: Any = intrinsic(_expand_words)
-extreme_exponents: Any = intrinsic(_extreme_exponents)
-"""The least and the largest of a block of bfloat16, given as uint16, from an index on."""
+largest_exponent: Any = intrinsic(_largest_exponent)
+"""Of a block of bfloat16, given as uint16, from an index on."""
 compress_block: Any = intrinsic(_compress_words)
+"""Writes a block's signs and mantissas, and its codes; whether any of these says that there is an exception."""
 
 
 @njit(nogil=True, inline="always")
@@ -178,56 +184,68 @@ def joined(rest: Any, exponent: Any) -> Any:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _compress(
-    numbers: Any, shape: Any, steps: Any, codes: Any, exceptions: Any, places: int, most: Any, counter: Any
+    numbers: Any,
+    shape: Any,
+    steps: Any,
+    codes: Any,
+    code_steps: Any,
+    exceptions: Any,
+    exception_steps: Any,
+    places: int,
+    most: Any,
+    counter: Any,
 ) -> None:
-    """`TOGETHER` tokens that no other thread takes, again and again, and the most exceptions that one of them has."""
+    """`TOGETHER` tokens of a row that no other thread takes, again and again, and the most exceptions that one of them
+    has. Head by head, so that what is written lies together."""
     rows, heads, tokens, size = shape
+    pieces = (tokens + TOGETHER - 1) // TOGETHER
+    listed = np.zeros(TOGETHER, np.int64)
     piece = take(counter)
-    while piece * TOGETHER < rows * tokens:
-        for token in range(piece * TOGETHER, min((piece + 1) * TOGETHER, rows * tokens)):
-            row, column = token // tokens, token % tokens
-            at = row * steps[0] + column * steps[2]
-            to = (row * heads * tokens + column) * (size + size // 2 + 1)
-            token_steps = steps[1], tokens * (size + size // 2 + 1)
-            listing = token * (1 + LISTED_BYTES * places)
-            listed = _compress_token(numbers, at, token_steps, heads, size, codes, to, exceptions, listing, places)
-            most[piece] = max(most[piece], listed)
+    while piece < rows * pieces:
+        row, first = piece // pieces, piece % pieces * TOGETHER
+        count = min(TOGETHER, tokens - first)
+        listing = row * exception_steps[0] + first * exception_steps[1]
+        listed[:] = 0
+        for head in range(heads):
+            at = row * steps[0] + head * steps[1] + first * steps[2]
+            to = row * code_steps[0] + head * code_steps[1] + first * code_steps[2]
+            for token in range(count):
+                if _compress_head(numbers, at, size, codes, to):
+                    told = listing + token * exception_steps[1]
+                    highest = codes[to + size + size // 2]
+                    listed[token] = _list(numbers, at, size, head, highest, exceptions, told, places, listed[token])
+                at, to = at + steps[2], to + code_steps[2]
+        for token in range(count):
+            exceptions[listing + token * exception_steps[1]] = min(listed[token], places)
+        most[piece] = listed.max()
         piece = take(counter)
 
 
 @njit(nogil=True, inline="always")
-def _compress_token(
-    numbers: Any,
-    at: int,
-    steps: Any,
-    heads: int,
-    size: int,
-    codes: Any,
-    to: int,
-    exceptions: Any,
-    listing: int,
-    places: int,
+def _compress_head(numbers: Any, at: int, size: int, codes: Any, to: int) -> Any:
+    """One head of a token; whether it has exceptions."""
+    highest = largest_exponent(numbers, at)
+    for block in range(BLOCK, size, BLOCK):
+        highest = max(highest, largest_exponent(numbers, at + block))
+    is_listed = False
+    for block in range(0, size, BLOCK):
+        is_listed |= compress_block(numbers, at + block, highest, codes, to + block, to + size + block // 2)
+    codes[to + size + size // 2] = highest
+    return is_listed
+
+
+@njit(nogil=True)
+def _list(
+    numbers: Any, at: int, size: int, head: int, highest: int, exceptions: Any, listing: int, places: int, listed: int
 ) -> Any:
-    """All heads of a token, `steps` from each other in its numbers and in its codes; how many exceptions it has."""
-    listed = 0
-    for head in range(heads):
-        lowest, highest = extreme_exponents(numbers, at)
-        for block in range(BLOCK, size, BLOCK):
-            less, more = extreme_exponents(numbers, at + block)
-            lowest, highest = min(lowest, less), max(highest, more)
-        for block in range(0, size, BLOCK):
-            compress_block(numbers, at + block, highest, codes, to + block, to + size + block // 2)
-        codes[to + size + size // 2] = highest
-        if highest - lowest >= LISTED_CODE:
-            for index in range(size):
-                exponent = (numbers[at + index] >> 7) & 0xFF
-                if highest - exponent >= LISTED_CODE:
-                    if listed < places:
-                        place = listing + 1 + LISTED_BYTES * listed
-                        exceptions[place], exceptions[place + 1], exceptions[place + 2] = head, index, exponent
-                    listed += 1
-        at, to = at + steps[0], to + steps[1]
-    exceptions[listing] = min(listed, places)
+    """Lists a head's exceptions behind the `listed` ones of its token; how many that are then."""
+    for index in range(size):
+        exponent = (numbers[at + index] >> 7) & 0xFF
+        if highest - exponent >= LISTED_CODE:
+            if listed < places:
+                place = listing + 1 + LISTED_BYTES * listed
+                exceptions[place], exceptions[place + 1], exceptions[place + 2] = head, index, exponent
+            listed += 1
     return listed
 
 

@@ -157,9 +157,13 @@ class Rows:
 
     def _extend(self, slot: int, tokens: list[torch.Tensor], held: int, end: int) -> None:
         for layer, store in enumerate(self.arena.layers):
-            packed = store.pack(*self._states(tokens[held:], layer))
-            seen = store.extend(slot, end + 1 - len(tokens), end, packed, CPU)
+            new = self._states(tokens[held:], layer)
+            seen = store.extend(slot, end + 1 - len(tokens), end, *new)
             assert torch.stack(seen)[:, 0].equal(self.seen(tokens, layer))
+            if store.is_compressed:
+                before = store.extend_behind(slot, end + 1 - len(tokens), end, *new)
+                assert (before is None) == (held == 0)
+                assert before is None or torch.stack(before)[:, 0].equal(self.seen(tokens[:held], layer))
 
     def _in_use(self, slot: int = -1) -> int:
         return 1 + max([slot, *self.tokens, *([self.entering[0]] if self.entering else [])])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexbatch.errors import IncompressibleCache
+from flexbatch.kernels import compressed_states
 from flexbatch.kernels.compressed_states import LISTED_CODE, Compressed, compress, expand
 from flexbatch.plan.model_spec import compressed_exceptions, compressed_kv_bytes
 from tests.kernels.test_decode_attention import states
@@ -82,9 +83,21 @@ def test_states_may_lie_in_any_order_and_parts_of_the_cache_are_expanded() -> No
     assert equal_bits(expanded(part, 128), numbers[1:, :, 3:7])
 
 
+def test_tokens_are_written_into_their_columns_of_the_cache_and_nowhere_else() -> None:
+    numbers = states(1, 4, 70, 64)
+    made = compress(numbers, 16)
+    cache = tuple(torch.full((2, part.shape[1], 90, part.shape[3]), 7, dtype=torch.uint8) for part in made)
+    compress(numbers, 16, (cache[0][1:, :, 11:81], cache[1][1:, :, 11:81]))
+    assert equal_bits(expanded((cache[0][1:, :, 11:81], cache[1][1:, :, 11:81]), 64), numbers)
+    for part in cache:
+        part[1, :, 11:81] = 7
+        assert part.eq(7).all()
+
+
 def test_many_tokens_on_all_threads_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = states(2, 8, 70, 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(compressed_states, "SMALL", 0)
     assert equal_bits(expanded(compress(numbers, 8), 64), numbers)
 
 
