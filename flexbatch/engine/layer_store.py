@@ -7,9 +7,10 @@ multiplies its value by a weight of zero, which must not meet a NaN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows
 from flexbatch.engine.kv_traffic import DiskTraffic
 from flexbatch.engine.storage import Storage
 from flexbatch.kernels.prefill_attention import KeysAndValues
+from flexbatch.kernels.threads import do_all
 from flexbatch.plan.kv_rooms import TAIL_COLUMNS, brought_at_once
 from flexbatch.plan.policy import Tier
 
@@ -229,34 +231,43 @@ class LayerStore:
     def extend(self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
         """More tokens of a row, `[1, heads, width, head_dim]`, in the columns up to and including `end`. Gives its keys
         and values in columns `first` to `end`, where the new ones are."""
-        return self._opened(self._write_part(slot, first, end, keys, values), keys.device)
+        held = self._entering(slot, first, end)
+        for pack in self._packing(keys, values, held):
+            pack()
+        if self._is_packed:
+            return self._unpacked([(held, slice(0, 1))], 1, slice(first, end + 1))
+        return held[0].to(keys.device), held[1].to(keys.device)
 
     def extend_behind(
         self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor
     ) -> KeysAndValues | None:
         """The same, of a compressed cache; gives those before the new ones, if there are any."""
-        held, width = self._write_part(slot, first, end, keys, values), end + 1 - first - keys.shape[2]
-        return self._opened(tuple(part[:, :, :width] for part in held), keys.device) if width else None
+        held, width = self._entering(slot, first, end), end + 1 - first - keys.shape[2]
+        packing = self._packing(keys, values, held)
+        if not width:
+            do_all(*packing)
+            return None
+        before = self._room_for(1, width)
+        do_all(*packing, *self._unpacking(tuple(part[:, :, :width] for part in held), *before))
+        return before
 
     @property
     def is_compressed(self) -> bool:
         """Whether keys and values are packed, and come back as they were."""
         return self._forms[0].is_packed and self._forms[0].is_exact
 
-    def _write_part(self, slot: int, first: int, end: int, keys: torch.Tensor, values: torch.Tensor) -> Parts:
-        """All that the row has then, as it is kept."""
+    def _entering(self, slot: int, first: int, end: int) -> Parts:
+        """The place of all that a row has once more of its tokens have come, `[1, heads, columns, ...]`."""
         segment = self._segment(slot)
-        held = tuple(part[None] for part in segment.slots.entering(slot - segment.first, slice(first, end + 1)))
-        new, half = tuple(part[:, :, -keys.shape[2] :] for part in held), len(held) // 2
-        self._forms[0].pack_into(keys, new[:half])
-        self._forms[1].pack_into(values, new[half:])
-        return held
+        return tuple(part[None] for part in segment.slots.entering(slot - segment.first, slice(first, end + 1)))
 
-    def _opened(self, parts: Parts, device: torch.device) -> KeysAndValues:
-        """One row's keys and values that are kept so."""
-        if self._is_packed:
-            return self._unpacked([(parts, slice(0, 1))], 1, slice(0, parts[0].shape[2]))
-        return parts[0].to(device), parts[1].to(device)
+    def _packing(self, keys: torch.Tensor, values: torch.Tensor, held: Parts) -> tuple[Callable[[], None], ...]:
+        """What writes new keys and values to the last columns of `held`."""
+        new, half = tuple(part[:, :, -keys.shape[2] :] for part in held), len(held) // 2
+        return (
+            partial(self._forms[0].pack_into, keys, new[:half]),
+            partial(self._forms[1].pack_into, values, new[half:]),
+        )
 
     def move(self, source: int, target: int) -> None:
         """The row in slot `source` goes to slot `target`, which is before it."""
@@ -308,9 +319,15 @@ class LayerStore:
         return self._forms[0].is_packed
 
     def _unpack(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for unpack in self._unpacking(parts, keys, values):
+            unpack()
+
+    def _unpacking(self, parts: Parts, keys: torch.Tensor, values: torch.Tensor) -> tuple[Callable[[], None], ...]:
         half = len(parts) // 2
-        self._forms[0].unpack(parts[:half], keys)
-        self._forms[1].unpack(parts[half:], values)
+        return (
+            partial(self._forms[0].unpack, parts[:half], keys),
+            partial(self._forms[1].unpack, parts[half:], values),
+        )
 
     def _decoded(self, rows: int, columns: slice) -> Iterator[tuple[Segment, SomeRows]]:
         """What each segment has of the decode batch in these columns, some rows at a time; their slots are all
@@ -333,11 +350,16 @@ class LayerStore:
 
     def _unpacked(self, blocks: Iterable[tuple[Parts, slice]], rows: int, columns: slice) -> KeysAndValues:
         """Packed tokens as rows of a batch (the second of a block), in the one room for that."""
-        tokens, most = columns.stop - columns.start, 1 if self.attended is Attended.PACKED else self._at_once
+        keys, values = self._room_for(rows, columns.stop - columns.start)
+        for parts, outside in blocks:
+            self._unpack(parts, keys[outside], values[outside])
+        return keys, values
+
+    def _room_for(self, rows: int, tokens: int) -> KeysAndValues:
+        """The one room for keys and values that are unpacked."""
+        most = 1 if self.attended is Attended.PACKED else self._at_once
         keys, values = (
             self._expansion.room(what, (rows, heads, tokens, size), self._dtype, most)
             for what, (heads, size) in zip(("keys", "values"), self._shapes, strict=True)
         )
-        for parts, outside in blocks:
-            self._unpack(parts, keys[outside], values[outside])
         return keys, values

@@ -48,6 +48,17 @@ def take_turns(work: Callable[[Any, int], None], threads: int | None = None) -> 
             other.result()
 
 
+def do_all(*tasks: Callable[[], None]) -> None:
+    """Does all of these, which do not depend on each other, on torch's threads, and waits; errors come here."""
+    left = iter(tasks)
+
+    def work(_counter: Any, _threads: int) -> None:
+        for task in left:
+            task()
+
+    take_turns(work, min(len(tasks), torch.get_num_threads()))
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="kernel")

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from flexbatch.engine import rehearsal
 from flexbatch.engine.model import build, decoder_layers
-from flexbatch.engine.rehearsal import WithoutProduct, leave_out_products, rehearse
+from flexbatch.engine.rehearsal import Passing, WithoutProduct, leave_out_products, rehearse
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_no_product_is_left_within_the_layers_and_the_rest_stays() -> None:
     layers = decoder_layers(stepped.model)
     linears = sum(isinstance(module, nn.Linear) for module in layers.modules())
     norms = sum(isinstance(module, nn.LayerNorm) for module in layers.modules())
-    leave_out_products(stepped)
+    leave_out_products(stepped, Passing(0))
     assert not any(isinstance(module, nn.Linear) for module in layers.modules())
     assert sum(isinstance(module, WithoutProduct) for module in layers.modules()) == linears == 12
     assert sum(isinstance(module, nn.LayerNorm) for module in layers.modules()) == norms

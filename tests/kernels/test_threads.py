@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
-from flexbatch.kernels.threads import _pool, take_turns
+from flexbatch.kernels.threads import _pool, do_all, take_turns
 
 PIECES = 100
 
@@ -30,6 +32,22 @@ def test_a_thread_that_has_not_begun_when_all_is_taken_is_not_waited_for() -> No
     assert busy.result()
     assert not waits
     assert taken == list(range(PIECES))
+
+
+def test_each_of_several_tasks_is_done_once_by_whoever_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    first, done = threading.Event(), list[tuple[int, int]]()
+
+    def task(number: int) -> None:
+        if number == 0:
+            assert first.wait(timeout=20), "the others wait for the first one's thread"
+        done.append((number, threading.get_ident()))
+        if number == 3:
+            first.set()
+
+    do_all(*(partial(task, number) for number in range(4)))
+    assert sorted(number for number, _ in done) == [0, 1, 2, 3]
+    assert len({thread for _, thread in done}) == 2
 
 
 def test_what_fails_on_another_thread_fails_in_the_caller() -> None:
