@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from flexbatch.config import OffloadConfig
 from flexbatch.errors import CapacityError, ConfigError
 from flexbatch.plan.advice import advise
-from flexbatch.plan.cost_model import predict
+from flexbatch.plan.cost_model import Prediction, predict
 from flexbatch.plan.limits import limits_of
 from flexbatch.plan.memory_need import kv_units, needs
 from flexbatch.plan.need import peak_bytes
-from flexbatch.plan.optimizer import choose_policy, frontier
+from flexbatch.plan.optimizer import choose_policy, frontier, pick
 from flexbatch.plan.placement import place_slots
 from flexbatch.plan.policy import Policy, Shares, Tier
 from flexbatch.plan.terms import pass_terms
@@ -208,3 +208,17 @@ def test_room_is_planned_for_one_prefix_only_where_all_rows_are_known_to_have_it
     sampled = Workload.from_samples(128, [512] * 64, 32, shared_tokens=400.0, rows_per_group=64.0)
     many = Workload.from_samples(128, [512] * 128, 32, shared_tokens=400.0, rows_per_group=8.0)
     assert [each.groups_at_once(32) for each in (known, sampled, many)] == [1, 2, 5]
+
+
+def test_of_plans_as_fast_the_one_with_fewer_passes_is_taken_where_weights_pass_by_else_that_with_fewer_slots() -> None:
+    spec, hardware, workload = model("opt-1.3b"), machine("cpu-2core"), Workload.uniform(64)
+
+    def made(slots: int, passes: float, seconds: float, weights: float, kv: float = 1.0) -> Prediction:
+        policy = Policy(Shares(weights, 0), Shares(kv, 0), slots=slots, prefill_tokens=256)
+        return replace(predict(spec, hardware, workload, policy), passes=passes, seconds=seconds)
+
+    streamed = [made(15, 176, 100.0, 0.3), made(19, 144, 100.4, 0.1), made(22, 127, 100.6, 0.0)]
+    assert pick(streamed).policy.slots == 19, "six thousandths are more than a pass may cost unseen"
+    assert pick([*streamed, made(24, 120, 100.4, 0.6, kv=0.0)]).policy.slots == 19, "rows on disk are another matter"
+    assert pick([made(15, 176, 100.0, 1.0), made(19, 144, 100.1, 1.0)]).policy.slots == 15
+    assert pick([made(19, 144, 100.0, 1.0), made(15, 176, 100.1, 1.0)]).policy.slots == 15
