@@ -42,6 +42,7 @@ CLOSE = 0.002
 # Between predictions this close, where weights pass by, the one with fewer passes wins: each costs more than what can
 # be foreseen of it (docs/benchmarks.md).
 CLOSE_PASSES = 0.005
+MORE_SLOTS = 16  # counts of slots that are tried for it
 
 # Part of the time for which twice the memory is not taken.
 NOTHING_TO_SPEAK_OF = 0.01
@@ -125,7 +126,9 @@ def _best(search: _Search) -> Prediction | None:
     if not feasible:
         return None
     best = pick(feasible)
-    return _modest(search, best) if _chooses_slots(search.offload) else best
+    if not _chooses_slots(search.offload):
+        return best
+    return _modest(search, best) if _is_resident(best.policy) else pick([best, *_with_more_slots(search, best)])
 
 
 def _like_a_shorter_job(search: _Search) -> Prediction | None:
@@ -180,10 +183,8 @@ def _close(predictions: Sequence[Prediction], part: float) -> list[Prediction]:
 
 
 def _modest(search: _Search, best: Prediction) -> Prediction:
-    """`best`, or where all is resident half its slots again and again, as long as that costs next to no time: a small
+    """`best`, where all is resident, or half its slots again and again, as long as that costs next to no time: a small
     model's cache would otherwise grow with the dataset, for nothing."""
-    if not _is_resident(best.policy):
-        return best
     modest = best
     while modest.policy.slots > 1:
         fewer = search.predict(replace(modest.policy, slots=modest.policy.slots // 2))
@@ -191,6 +192,19 @@ def _modest(search: _Search, best: Prediction) -> Prediction:
             break
         modest = fewer
     return modest
+
+
+def _with_more_slots(search: _Search, best: Prediction) -> Iterator[Prediction]:
+    """The same shares of the cache for up to twice the slots, and what is left for weights."""
+    policy, workload = best.policy, search.workload
+    step = max(1, policy.slots // MORE_SLOTS)
+    for slots in range(policy.slots + step, min(2 * policy.slots, workload.rows, MOST_SLOTS) + 1, step):
+        more = replace(policy, slots=slots, weights=NOTHING_RESIDENT)
+        tokens = steady_tokens(workload, search.offload, slots, more)
+        rounded = fitted(search.spec, search.hardware, workload, admitting(more, workload, tokens), search.limits)
+        if rounded is None:
+            return
+        yield search.predict(filled(search.spec, search.hardware, workload, rounded, search.limits))
 
 
 def check_formats(spec: ModelSpec, hardware: HardwareProfile, offload: OffloadConfig) -> None:

@@ -222,3 +222,14 @@ def test_of_plans_as_fast_the_one_with_fewer_passes_is_taken_where_weights_pass_
     assert pick([*streamed, made(24, 120, 100.4, 0.6, kv=0.0)]).policy.slots == 19, "rows on disk are another matter"
     assert pick([made(15, 176, 100.0, 1.0), made(19, 144, 100.1, 1.0)]).policy.slots == 15
     assert pick([made(19, 144, 100.0, 1.0), made(15, 176, 100.1, 1.0)]).policy.slots == 15
+
+
+def test_a_job_whose_weights_pass_by_takes_the_fewest_passes_that_cost_next_to_nothing() -> None:
+    spec, hardware = model("opt-1.3b"), machine("cpu-2core", compressed_attention_numbers=12e9)
+    workload, offload = Workload.uniform(64), OffloadConfig(device_memory="2.5GiB")
+    made = choose_policy(spec, hardware, workload, offload)[1]
+    assert made.policy.weights.device < 1.0
+    for slots in range(made.policy.slots + 1, 2 * made.policy.slots):
+        other = choose_policy(spec, hardware, workload, replace(offload, slots=slots))[1]
+        is_like = other.policy.kv.device >= made.policy.kv.device and other.passes < made.passes
+        assert not is_like or other.seconds > made.seconds
