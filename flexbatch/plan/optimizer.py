@@ -41,7 +41,7 @@ CLOSE = 0.002
 
 # Between predictions this close, where weights pass by, the one with fewer passes wins: each costs more than what can
 # be foreseen of it (docs/benchmarks.md).
-CLOSE_PASSES = 0.005
+CLOSE_PASSES = 0.015
 MORE_SLOTS = 16  # counts of slots that are tried for it
 
 # Part of the time for which twice the memory is not taken.
@@ -101,7 +101,9 @@ def _of_all_forms(search: _Search) -> Prediction | None:
     other = _best(replace(search, base=replace(search.base, compressed=weights, compressed_cache=True)))
     if not (best and other):
         return best or other
-    return other if choice == "always" or other.seconds < best.seconds * (1.0 - WORTH_IT) else best
+    if choice == "always" or other.seconds < best.seconds * (1.0 - WORTH_IT):
+        return other
+    return pick([best, other]) if best.policy.weights.device < 1.0 else best
 
 
 def _plain_or_compressed(search: _Search) -> Prediction | None:

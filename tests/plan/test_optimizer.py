@@ -217,9 +217,9 @@ def test_of_plans_as_fast_the_one_with_fewer_passes_is_taken_where_weights_pass_
         policy = Policy(Shares(weights, 0), Shares(kv, 0), slots=slots, prefill_tokens=256)
         return replace(predict(spec, hardware, workload, policy), passes=passes, seconds=seconds)
 
-    streamed = [made(15, 176, 100.0, 0.3), made(19, 144, 100.4, 0.1), made(22, 127, 100.6, 0.0)]
-    assert pick(streamed).policy.slots == 19, "six thousandths are more than a pass may cost unseen"
-    assert pick([*streamed, made(24, 120, 100.4, 0.6, kv=0.0)]).policy.slots == 19, "rows on disk are another matter"
+    streamed = [made(15, 176, 100.0, 0.3), made(19, 144, 101.4, 0.1), made(22, 127, 101.6, 0.0)]
+    assert pick(streamed).policy.slots == 19, "passes cost a hundredth and a half that is not foreseen, and no more"
+    assert pick([*streamed, made(24, 120, 101.4, 0.6, kv=0.0)]).policy.slots == 19, "rows on disk are another matter"
     assert pick([made(15, 176, 100.0, 1.0), made(19, 144, 100.1, 1.0)]).policy.slots == 15
     assert pick([made(19, 144, 100.0, 1.0), made(15, 176, 100.1, 1.0)]).policy.slots == 15
 
