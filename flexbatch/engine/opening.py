@@ -25,10 +25,10 @@ from flexbatch.engine.storage import HiddenStateParking, Storage
 from flexbatch.engine.weights import StreamOptions, Weights
 from flexbatch.errors import CapacityError, OutputError
 from flexbatch.kernels import packed_attention
-from flexbatch.memory.direct_io import choose_reader
 from flexbatch.memory.heap import Heap
 from flexbatch.memory.library_pages import release_library_pages
 from flexbatch.memory.packed_file import OnProgress
+from flexbatch.memory.reader_choice import choose_reader
 from flexbatch.memory.safetensors_header import TORCH_DTYPES, TensorEntry
 from flexbatch.memory.tiers import TierBudget
 from flexbatch.memory.transfer import OnEvent

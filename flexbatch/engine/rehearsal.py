@@ -2,7 +2,7 @@
 
 Without them a pass is what surrounds the products: calls into the layers, copies into the KV arena, norms, residuals,
 activation functions, and the memory that each of them has to find for its result. Timed one by one these take a quarter
-of what they take in a pass, and a fifth of it where no product has taken the caches from them: so something else does,
+of what they take in a pass, and in a pass half where no product has taken the caches from them: so something else does,
 in its place. What the products add to it is their time in a pass, with their biases, and with threads that have to be
 woken for each of them: up to a quarter more than in a loop of nothing else.
 """
