@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from flexbatch.engine.kv_expansion import Expansion
 from flexbatch.engine.kv_form import attention_to, kv_forms
 from flexbatch.engine.kv_memory import Relayout
 from flexbatch.engine.kv_traffic import DiskTraffic
-from flexbatch.engine.layer_store import FROM_DISK, KV, Attended, Expansion, LayerStore
+from flexbatch.engine.layer_store import FROM_DISK, KV, Attended, LayerStore
 from flexbatch.engine.storage import Storage
 from flexbatch.memory.transfer import StreamStatistics
 from flexbatch.plan.slot_layout import SlotLayout

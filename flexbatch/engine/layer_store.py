@@ -17,6 +17,7 @@ import torch
 from flexbatch.engine.carried_keys import OwnKeys, PackedKeys
 from flexbatch.engine.kv_blocks import BlockLayout, DiskBlocks
 from flexbatch.engine.kv_disk import DiskSlots
+from flexbatch.engine.kv_expansion import Expansion
 from flexbatch.engine.kv_form import Attend, KVForm, Parts
 from flexbatch.engine.kv_memory import MemorySlots, Relayout, SomeRows
 from flexbatch.engine.kv_traffic import DiskTraffic
@@ -47,27 +48,6 @@ class Segment:
     first: int
     count: int
     slots: MemorySlots | DiskSlots
-
-
-class Expansion:
-    """Room on the device in which packed keys and values are unpacked for one call at a time, layer after layer. Rows
-    have up to `span` tokens."""
-
-    def __init__(self, span: int, storage: Storage) -> None:
-        self.span, self._storage = span, storage
-        self._rooms: dict[str, torch.Tensor] = {}
-
-    def room(self, what: str, shape: tuple[int, ...], dtype: torch.dtype, most_rows: int) -> torch.Tensor:
-        """Memory for `what`, `[rows, heads, tokens, head_dim]`, overwritten the next time; admitted at first, for
-        `most_rows`."""
-        rows, heads, tokens, size = shape
-        if what not in self._rooms:
-            count = max(most_rows * self.span, rows * tokens) * heads * size
-            self._rooms[what] = self._storage.zeros(Tier.DEVICE, (count,), dtype, "KV of one layer, expanded")
-        room = self._rooms[what]
-        if room.numel() < rows * heads * tokens * size or room.dtype != dtype:
-            return torch.empty(shape, dtype=dtype, device=room.device)  # a layer of another shape than the first
-        return room[: rows * heads * tokens * size].view(shape)
 
 
 class LayerStore:
