@@ -77,12 +77,15 @@ def _multiplied(
 
 
 @njit(nogil=True)
-def _tell(sums: Any, count: int, scale: Any, columns: Any, base: int, out: Any, width: int) -> None:
-    """The numbers of the result from column `base` on, of `count` squares, as bfloat16."""
+def _tell(
+    sums: Any, count: int, first: int, many: int, _scale: Any, columns: Any, base: int, out: Any, width: int
+) -> None:
+    """The numbers of `many` rows of the result from row `first` and column `base` on, of `count` squares, as
+    bfloat16."""
     bias, least = columns
     lowest = fill(least)
-    for row in range(len(scale)):
-        at, to = row_place(row, count), row * width + base
+    for row in range(first, first + many):
+        at, to = row_place(row - first, count), row * width + base
         for column in range(0, count * SIDE, ROWS):
             own = add(load(sums, at + column_place(column)), load(bias, base + column))
             store_narrowed(out, to + column, larger(lowest, own))  # NaN stays

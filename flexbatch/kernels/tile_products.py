@@ -77,7 +77,7 @@ def multiply_rows(kernel: Any, rows: Any, most: int, pairs: int, given: tuple[An
     for first in range(0, len(rows), at_once):
         part = slice(first, min(len(rows), first + at_once))
         many = part.stop - first
-        left = _left_room(pairs_of(many) * steps * STEP)
+        left = _left_room(pairs_of(many) * SIDE * (steps + 1) * LINE)
         before = rows[part], left, np.empty(many, np.float32), np.zeros(2, np.int64)
         share_out(kernel, *before, *given, out[part], operations=(READING + many) * pairs)
 
@@ -144,8 +144,8 @@ def _squares_together(rows: int, outputs: int) -> int:
     return max(1, min(WIDE, squares // FEWEST_BLOCKS)) if pairs_of(rows) > 1 else 1
 
 
-def _laying(values_of: Any) -> Any:
-    """All threads' laying out of the left matrix."""
+def laying(lay: Any) -> Any:
+    """All threads' laying out of the left matrix: `lay(rows, row, values, scale, left)` does a row."""
 
     @njit(nogil=True)
     def lay_all(rows: Any, left: Any, scale: Any, state: Any, length: int) -> None:
@@ -155,7 +155,7 @@ def _laying(values_of: Any) -> Any:
         group = take(taken)
         while group < groups:
             for row in range(group * GROUP, min(len(rows), (group + 1) * GROUP)):
-                _lay(values_of(rows[row], values, scale, row), row, left, len(rows))
+                lay(rows, row, values, scale, left)
             add_to(done, 1)
             group = take(taken)
         while add_to(done, 0) < groups:
@@ -199,8 +199,13 @@ def _adding(one_by_two: Any, two_by_two: Any) -> Any:
 
 def multiplication(kind: Kind) -> Any:
     """A product of this kind on one of the threads."""
-    lay_all, add_up = _laying(kind.values_of), _adding(*kind.squares)
-    bring, tell, sum_type, slice_steps = kind.bring, kind.tell, kind.sums, kind.slice_steps
+    values_of, bring, tell, sum_type, slice_steps = kind.values_of, kind.bring, kind.tell, kind.sums, kind.slice_steps
+
+    @njit(nogil=True)
+    def lay(rows: Any, row: int, values: Any, scale: Any, left: Any) -> None:
+        _lay(values_of(rows[row], values, scale, row), row, left, len(rows))
+
+    lay_all, add_up = laying(lay), _adding(*kind.squares)
 
     @njit(nogil=True)
     def multiply(
@@ -228,7 +233,7 @@ def multiplication(kind: Kind) -> Any:
                 steps = min(slice_steps or whole, whole - start)
                 right, first = bring(weight, square, count, start, steps, whole, room)
                 add_up(left, len(rows), right, first, count, start, steps, whole, sums)
-            tell(sums, count, scale, columns, square * SIDE, told, width)
+            tell(sums, count, 0, len(rows), scale, columns, square * SIDE, told, width)
             square = take(counter) * together
         end()
 

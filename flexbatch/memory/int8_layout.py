@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexbatch.kernels import tile_products, tile_registers, widened_products
+from flexbatch.kernels import dot_products, tile_products, tile_registers, widened_products
 from flexbatch.kernels.int8_rows import round_rows
 from flexbatch.memory.blocked_weight import BlockedForm, blocked_bytes, blocked_form, lay_out, suits
 
@@ -120,10 +120,25 @@ class TiledInt8Layout(IntegerLayout):
         return (tile_products.tiled_bytes(rows, columns),)
 
 
+@dataclass(frozen=True, slots=True)
+class DottedInt8Layout(IntegerLayout):
+    """For our own products by vectors of AVX512: int8 [bytes]."""
+
+    def _laid(self, values: torch.Tensor) -> torch.Tensor:
+        return dot_products.dotted(values)
+
+    @property
+    def _laid_shape(self) -> tuple[int, ...]:
+        rows, columns = self.shape
+        return (dot_products.dotted_bytes(rows, columns),)
+
+
 def int8_layout(shape: tuple[int, ...]) -> IntegerLayout:
     """The layout that this machine multiplies fastest."""
     if len(shape) == 2 and tile_registers.are_ours():
         return TiledInt8Layout(shape)
+    if len(shape) == 2 and dot_products.are_ours():
+        return DottedInt8Layout(shape)
     if len(shape) == 2 and suits(torch.int8):
         return BlockedInt8Layout(shape, blocked_form(shape, torch.int8).key)
     return RowInt8Layout(shape) if widened_products.suit(torch.int8) else Int8Layout(shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from flexbatch.kernels import integer_tile_products, widened_products
+from flexbatch.kernels import integer_products, widened_products
 from flexbatch.kernels.int8_rows import round_rows, scale_sums
 from flexbatch.memory.blocked_weight import ZERO_POINT, integer_product
 from flexbatch.memory.int8_layout import quantize_rows, row_runs, suits_kernels
@@ -34,8 +34,8 @@ def int8_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     offset = torch.zeros_like(weight_scale) if bias is None else bias.float()
-    if _is_tiled(weight) and suits_kernels(rows):
-        together = integer_tile_products.linear(rows.contiguous(), weight, weight_scale, offset, rectified)
+    if _is_ours(weight) and suits_kernels(rows):
+        together = integer_products.linear(rows.contiguous(), weight, weight_scale, offset, rectified)
         return together.view(*x.shape[:-1], len(weight_scale))
     step = max(1, SUMS // len(weight_scale))
     made = [_product(rows[at : at + step], weight, weight_scale, offset) for at in range(0, max(1, len(rows)), step)]
@@ -62,8 +62,8 @@ def int8_sums(values: torch.Tensor, weight: torch.Tensor, columns: int) -> torch
     """`values` int8 [rows, in] times `weight` as for `int8_linear`, of `columns` outputs: the exact sums, int32 or
     rounded to float32, [rows, columns]. With a weight in the blocked format `ZERO_POINT` has been added to the values,
     in eight bits."""
-    if _is_tiled(weight):
-        return integer_tile_products.integer_sums(values, weight, columns)
+    if _is_ours(weight):
+        return integer_products.integer_sums(values, weight, columns)
     if weight.is_mkldnn:
         return integer_product(values.view(torch.uint8), weight)
     if weight.is_contiguous() and widened_products.suit(torch.int8):
@@ -71,7 +71,7 @@ def int8_sums(values: torch.Tensor, weight: torch.Tensor, columns: int) -> torch
     return torch._int_mm(values, weight.t())
 
 
-def _is_tiled(weight: torch.Tensor) -> bool:
+def _is_ours(weight: torch.Tensor) -> bool:
     return not weight.is_mkldnn and weight.dim() == 1
 
 

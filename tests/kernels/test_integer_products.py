@@ -1,4 +1,5 @@
-"""Products in tile registers (AMX): exact sums, and the very numbers of the other ways to multiply in eight bits."""
+"""Products in tile registers (AMX) or by vectors (AVX512-VNNI): exact sums, and the very numbers of the other ways to
+multiply in eight bits."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexbatch.kernels import integer_tile_products, tile_products, tile_registers
+from flexbatch.kernels import dot_products, integer_products, tile_registers
 from flexbatch.kernels.tile_products import rows_at_once
-from flexbatch.memory.int8_layout import Int8Layout, TiledInt8Layout, int8_layout, quantize_rows
+from flexbatch.memory.int8_layout import DottedInt8Layout, Int8Layout, TiledInt8Layout, int8_layout, quantize_rows
 from flexbatch.memory.int8_linear import int8_linear
 
-pytestmark = pytest.mark.skipif(not tile_registers.are_ours(), reason="no tile registers on this machine")
+pytestmark = pytest.mark.skipif(
+    not (tile_registers.are_ours() or dot_products.are_ours()), reason="neither tile registers nor VNNI on this machine"
+)
+OurLayout = DottedInt8Layout if dot_products.are_ours() else TiledInt8Layout
 ROWS = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 576, 577, 600, 1160]))
 SIZES = {"rows": ROWS, "width": st.integers(2, 700), "out": st.integers(1, 130), "seed": st.integers(0, 99)}
 
@@ -38,7 +42,7 @@ def test_integer_sums_are_exact(rows: int, width: int, out: int, seed: int, larg
     generator, low = torch.Generator().manual_seed(seed), 127 if largest else -127
     values = torch.randint(low, 128, (rows, width), generator=generator, dtype=torch.int8)
     weight = torch.randint(low, 128, (out, width), generator=generator, dtype=torch.int8)
-    sums = integer_tile_products.integer_sums(values, tile_products.tiled(weight), out)
+    sums = integer_products.integer_sums(values, OurLayout((out, width))._laid(weight), out)
     assert torch.equal(sums, (values.double() @ weight.double().T).int())
 
 
@@ -47,7 +51,7 @@ def test_integer_sums_are_exact(rows: int, width: int, out: int, seed: int, larg
 def test_layers_give_the_bits_of_plain_ones(rows: int, width: int, out: int, seed: int, type_: torch.dtype) -> None:
     x, weight, bias = drawn(rows, width, seed=seed), drawn(out, width, seed=seed + 1), drawn(out, seed=seed + 2)
     results = []
-    for layout in (Int8Layout((out, width)), TiledInt8Layout((out, width))):
+    for layout in (Int8Layout((out, width)), OurLayout((out, width))):
         values, scale = layout.pack(weight)
         assert [(each.dtype, tuple(each.shape)) for each in (values, scale)] == [part[1:] for part in layout.parts]
         results.append(int8_linear(x.to(type_), layout.weight(values), scale, bias))
@@ -58,7 +62,7 @@ def test_layers_give_the_bits_of_plain_ones(rows: int, width: int, out: int, see
 @given(**SIZES)
 def test_relu_within_a_product_is_relu_after_it(rows: int, width: int, out: int, seed: int) -> None:
     x, weight, bias = drawn(rows, width, seed=seed), drawn(out, width, seed=seed + 1), drawn(out, seed=seed + 2)
-    for layout in (Int8Layout((out, width)), TiledInt8Layout((out, width))):
+    for layout in (Int8Layout((out, width)), OurLayout((out, width))):
         values, scale = layout.pack(weight)
         given_ = (layout.weight(values), scale, bias)
         assert torch.equal(int8_linear(x, *given_, rectified=True), int8_linear(x, *given_).relu())
@@ -69,16 +73,16 @@ def test_relu_within_a_product_is_relu_after_it(rows: int, width: int, out: int,
 
 def test_large_layers_on_all_threads_give_them_too() -> None:
     x, weight = drawn(600, 2048, seed=1), drawn(1000, 2048, seed=2)
-    plain, tiled = Int8Layout(tuple(weight.shape)), TiledInt8Layout(tuple(weight.shape))
+    plain, ours = Int8Layout(tuple(weight.shape)), OurLayout(tuple(weight.shape))
     wanted = int8_linear(x, plain.weight(plain.pack(weight)[0]), quantize_rows(weight)[1])
-    values, scale = tiled.pack(weight)
+    values, scale = ours.pack(weight)
     for _ in range(20):
-        assert torch.equal(int8_linear(x, tiled.weight(values), scale), wanted)
+        assert torch.equal(int8_linear(x, ours.weight(values), scale), wanted)
 
 
 def test_a_weight_may_lie_anywhere_in_memory() -> None:
     x, weight = drawn(40, 130, seed=1), drawn(70, 130, seed=2)
-    layout = TiledInt8Layout((70, 130))
+    layout = OurLayout((70, 130))
     values, scale = layout.pack(weight)
     memory = torch.empty(len(values) + 5, dtype=torch.int8)
     memory[5:] = values
@@ -87,7 +91,7 @@ def test_a_weight_may_lie_anywhere_in_memory() -> None:
 
 def test_torch_goes_on_multiplying_after_and_beside_them() -> None:
     x, weight = drawn(64, 512, seed=1), drawn(512, 512, seed=2)
-    values, scale = TiledInt8Layout((512, 512)).pack(weight)
+    values, scale = OurLayout((512, 512)).pack(weight)
     wanted, ours = x @ weight, int8_linear(x, values, scale)
     wrong: list[str] = []
 
@@ -108,4 +112,4 @@ def test_torch_goes_on_multiplying_after_and_beside_them() -> None:
 
 
 def test_matrices_are_laid_out_for_them_where_they_are_at_hand() -> None:
-    assert isinstance(int8_layout((64, 64)), TiledInt8Layout)
+    assert isinstance(int8_layout((64, 64)), OurLayout)
