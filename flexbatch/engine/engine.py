@@ -80,7 +80,8 @@ class Engine:
         most_slots: int = 0,
         guesses: GuessRoom = NO_GUESSES,
     ) -> None:
-        self._heap, self._prompts_bytes, self._lent = heap or Heap(), prompts_bytes, 0
+        self._heap, self._prompts_bytes = heap or Heap(), prompts_bytes
+        self._lent = self._spare = 0
         self._weights, self._arena, self._storage = weights, arena, storage
         self._caller = Caller(stepped, arena, storage.device, host_attention, guesses.logits)
         self._prefixes = PrefixStore(storage.budgets[Tier.DEVICE]) if share_prefixes else None
@@ -281,7 +282,10 @@ class Engine:
         if more:
             self._heap.lend(self._lent)
         left = max(row.request.sampling.max_new_tokens - len(row.tokens) for row in self._slots.live)
-        self._weights.keep(self._slots.cut() + more, math.ceil(left / self._guesses.pace))
+        self._spare += self._slots.cut() + more
+        given = min(self._spare, self._heap.room())  # the process may hold more than was planned
+        self._spare -= given
+        self._weights.keep(given, math.ceil(left / self._guesses.pace))
 
     def _begin(self) -> None:
         """What the end of the last run gave up is taken again."""
@@ -289,7 +293,7 @@ class Engine:
         if self._slots.are_cut or self._lent:
             self._weights.forget()
             self._slots.take_again()
-            self._lent = 0
+            self._lent = self._spare = 0
             self._heap.lend(0)
 
     def _decoding(self) -> Piece[list[Gain]] | None:

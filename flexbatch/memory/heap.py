@@ -50,6 +50,10 @@ class Heap:
         """Whether so many bytes more leave the headroom as it is."""
         return counted_bytes() + nbytes <= self._enough
 
+    def room(self) -> int:
+        """So many bytes more leave the headroom as it is; none where the process holds more than was planned."""
+        return max(0, self._enough - counted_bytes())
+
     def settle(self) -> None:
         """To be called wherever much may have been freed since the last time."""
         if self._trim is not None and counted_bytes() > self._threshold:

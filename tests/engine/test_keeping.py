@@ -132,6 +132,17 @@ def test_what_prompts_needed_holds_weights_while_all_rows_still_run(tmp_path: Pa
     running.close()
 
 
+def test_a_process_that_holds_more_than_was_planned_gives_none_of_it_to_weights(tmp_path: Path) -> None:
+    """Memory above the limit is taken from libraries' pages, which are then read again for every call."""
+    limits = Limits(device=1 << 41, disk_folder=tmp_path, one_memory=True)
+    policy = Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40)
+    for planned in (1, 1 << 40):
+        running = engine(saved("opt"), policy, LONGEST + NEW_TOKENS, tmp_path, limits=limits, planned_bytes=planned)
+        before = on_device(running)
+        answer(running, asked())
+        assert (on_device(running) == before) == (planned == 1)
+
+
 def test_waits_and_bytes_are_counted_on_when_the_stream_begins_anew(tmp_path: Path) -> None:
     running = opened("opt", Policy(Shares(0.2, 0), slots=SLOTS, prefill_tokens=40), tmp_path)
     _, passes = answer(running, asked())
