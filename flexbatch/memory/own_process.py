@@ -46,7 +46,7 @@ def in_own_process(work: Callable[..., Result], *given: Any) -> Result:
     told = b""
     try:
         with subprocess.Popen(
-            [sys.executable, "-m", "flexbatch.memory.own_process"],
+            [sys.executable, "-P", "-m", "flexbatch.memory.own_process"],  # this flexbatch, whatever the folder holds
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},

@@ -47,6 +47,15 @@ def test_a_result_comes_from_another_process_whatever_it_prints() -> None:
     assert process != os.getpid()
 
 
+def test_it_is_this_flexbatch_that_works_whatever_is_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flexbatch").mkdir()
+    (tmp_path / "flexbatch/__init__.py").write_text("raise RuntimeError('another one')")
+    monkeypatch.chdir(tmp_path)
+    assert in_own_process(multiplied, [1], 2)[1] == [2]
+
+
 def test_what_it_raises_is_told() -> None:
     with pytest.raises(WorkFailed, match="ValueError: no such machine") as caught:
         in_own_process(refused)
