@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ import torch
 
 from flexbatch.errors import ConfigError, EngineError
 from flexbatch.memory.direct_io import AlignedBuffer, BufferedReader, DirectReader, ReadMeasurement
+
+logger = logging.getLogger(__name__)
 
 PROBE_BYTES = 8 << 20
 PROBE_ROUNDS = 2
@@ -44,7 +47,11 @@ def choose_reader(
     readers = [way() for _ in range(PROBE_ROUNDS) for way in (DirectReader, BufferedReader)]
     measured = [_measure(reader, part, threads) for reader, part in zip(readers, parts, strict=True)]
     best = fastest_rounds(measured)
-    return DirectReader(best) if cheapest(best).kind == DirectReader.kind else BufferedReader(best)
+    if cheapest(best).kind == DirectReader.kind:
+        return DirectReader(best)
+    rates = ", ".join(f"{each.kind} {each.bytes_per_second / 1e9:.2f} GB/s" for each in best)
+    logger.warning("Weights are read through the page cache, the faster way at the start (%s)", rates)
+    return BufferedReader(best)
 
 
 def fastest_rounds(measured: Sequence[ReadMeasurement]) -> tuple[ReadMeasurement, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flexbatch.errors import ConfigError
+from flexbatch.memory import reader_choice
 from flexbatch.memory.direct_io import PAGE, ReadMeasurement
 from flexbatch.memory.reader_choice import cheapest, choose_reader, fastest_rounds
 
@@ -45,6 +46,22 @@ def test_a_reader_must_bring_more_than_the_processor_time_that_it_takes() -> Non
     assert cheapest(ways).kind == "direct"
     ways = measured("direct", 0.3, 0.01), measured("buffered", 1.3, 0.2 * torch.get_num_threads())
     assert cheapest(ways).kind == "buffered"
+
+
+def test_that_weights_go_through_the_page_cache_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    large, rates = tmp_path / "large", {"direct": 0.3, "buffered": 1.3}
+    with large.open("wb") as stream:
+        stream.truncate(64 << 20)
+    monkeypatch.setattr(reader_choice, "_measure", lambda reader, *_: measured(reader.kind, rates[reader.kind], 0.01))
+    assert choose_reader([large]).kind == "buffered"
+    assert "through the page cache" in caplog.text
+    assert "direct 0.30 GB/s" in caplog.text
+    caplog.clear()
+    rates["direct"] = 2.4
+    assert choose_reader([large]).kind == "direct"
+    assert not caplog.text
 
 
 def test_files_too_small_to_measure_are_not_measured(tmp_path: Path) -> None:
