@@ -28,8 +28,9 @@ from flexbatch.kernels.tile_squares import INTEGERS
 from flexbatch.kernels.vectors import add, fill, integers, larger, load, multiply, store_narrowed
 
 MOST_ROWS = 512
-TOGETHER = 4
-"""Numbers of a row, or of a column, that lie side by side."""
+MARK: Any = (0,) if dot_products.are_ours() else (0, 0)
+"""An argument for the kernels below: Numba keeps their code by the types of arguments, and a system may give the tile
+registers to one process and not to the next."""
 
 
 def linear(
@@ -41,17 +42,16 @@ def linear(
     are below it."""
     least = np.float32(0 if rectified else -np.inf)
     out = result((len(rows), len(offset)), torch.bfloat16)
-    given = weight.numpy(), weight_scale.numpy(), offset.numpy(), least
-    kernel = _dotted_linear if dot_products.are_ours() else _linear
-    multiply_rows(kernel, bits(rows), MOST_ROWS, weight.numel() // TOGETHER, given, bits(out))
+    given = MARK, weight.numpy(), weight_scale.numpy(), offset.numpy(), least
+    multiply_rows(_linear, bits(rows), MOST_ROWS, weight.numel() // dot_products.TOGETHER, given, bits(out))
     return out
 
 
 def integer_sums(values: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
     """`values` int8 `[rows, in]`, contiguous, times such a weight of `columns` outputs: exact, int32 `[rows, out]`."""
     out = result((len(values), columns), torch.int32)
-    kernel = _dotted_sums if dot_products.are_ours() else _sums
-    multiply_rows(kernel, values.numpy(), MOST_ROWS, weight.numel() // TOGETHER, (weight.numpy(),), out.numpy())
+    given = MARK, weight.numpy()
+    multiply_rows(_sums, values.numpy(), MOST_ROWS, weight.numel() // dot_products.TOGETHER, given, out.numpy())
     return out
 
 
@@ -115,11 +115,14 @@ def _telling_exact(row_at: Any, column_at: Any) -> Any:
     return tell
 
 
-_in_squares, _in_rows = (row_place, column_place), (dot_products.row_place, dot_products.column_place)
-_scaled_product = multiplication(Kind(INTEGERS, np.int32, _round, as_it_lies, _telling_scaled(*_in_squares)))
-_exact_product = multiplication(Kind(INTEGERS, np.int32, as_it_is, as_it_lies, _telling_exact(*_in_squares)))
-_dotted_scaled_product = dot_products.multiplication(_lay_rounded, _telling_scaled(*_in_rows))
-_dotted_exact_product = dot_products.multiplication(_lay_as_it_is, _telling_exact(*_in_rows))
+if dot_products.are_ours():
+    _in_rows = dot_products.row_place, dot_products.column_place
+    _scaled_product = dot_products.multiplication(_lay_rounded, _telling_scaled(*_in_rows))
+    _exact_product = dot_products.multiplication(_lay_as_it_is, _telling_exact(*_in_rows))
+else:
+    _in_squares = row_place, column_place
+    _scaled_product = multiplication(Kind(INTEGERS, np.int32, _round, as_it_lies, _telling_scaled(*_in_squares)))
+    _exact_product = multiplication(Kind(INTEGERS, np.int32, as_it_is, as_it_lies, _telling_exact(*_in_squares)))
 
 
 # Numba keeps the code of functions that are no closures.
@@ -130,6 +133,7 @@ def _linear(
     left: Any,
     scale: Any,
     state: Any,
+    _mark: Any,
     weight: Any,
     weight_scale: Any,
     offset: Any,
@@ -141,27 +145,5 @@ def _linear(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _sums(counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, out: Any) -> None:
+def _sums(counter: Any, rows: Any, left: Any, scale: Any, state: Any, _mark: Any, weight: Any, out: Any) -> None:
     _exact_product(counter, rows, left, scale, state, weight, (), out, rows.shape[1])
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _dotted_linear(
-    counter: Any,
-    rows: Any,
-    left: Any,
-    scale: Any,
-    state: Any,
-    weight: Any,
-    weight_scale: Any,
-    offset: Any,
-    least: Any,
-    out: Any,
-) -> None:
-    columns = weight_scale, offset, least
-    _dotted_scaled_product(counter, rows, left, scale, state, weight, columns, out, rows.shape[1])
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _dotted_sums(counter: Any, rows: Any, left: Any, scale: Any, state: Any, weight: Any, out: Any) -> None:
-    _dotted_exact_product(counter, rows, left, scale, state, weight, (), out, rows.shape[1])
